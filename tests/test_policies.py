@@ -1,0 +1,56 @@
+"Freezing, proved entry by entry for every family and policy."
+import pytest
+import torch
+from bnonly.models import create_model
+from bnonly.policies import POLICIES, counts, dense, free, freeze, load_moved, moved
+from torch.nn import functional as F
+
+EVERY = [p for p in POLICIES if p != "none"] + ["scattered2", "random4", "bn+scattered3+output"]
+
+
+def train(model, steps=20):
+    "The hardest twenty steps: momentum 0.9, learning rate 1, decay 0.5."
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1, momentum=.9, weight_decay=.5)
+    for _ in range(steps):
+        opt.zero_grad()
+        F.cross_entropy(model(x), torch.arange(8)).backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("policy", EVERY)
+@pytest.mark.parametrize("arch", ["resnet14", "vgg11", "resnet18"])
+def test_only_what_may_move_moves(arch, policy):
+    model = freeze(create_model(arch), policy)
+    before, may = dense(model), free(model)
+    train(model)
+    for name, after in dense(model).items():
+        assert torch.equal(after != before[name], may[name]), name
+
+
+def test_none_leaves_nothing_to_train():
+    assert counts(freeze(create_model("resnet14"), "none")).trainable["all"] == 0
+
+
+@pytest.mark.parametrize("policy", EVERY)
+def test_what_moved_and_the_seed_are_the_whole_network(policy):
+    model = freeze(create_model("resnet14", seed=5), policy, seed=5)
+    train(model, 3)
+    again = load_moved(freeze(create_model("resnet14", seed=5), policy, seed=5), moved(model))
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+def test_another_policys_numbers_are_refused():
+    with pytest.raises(ValueError, match="use the spec"):
+        load_moved(freeze(create_model("resnet14"), "bn"), moved(freeze(create_model("resnet14"), "output")))
+
+
+def test_random_entries_follow_the_seed():
+    masks = [free(freeze(create_model("resnet14"), "random2", seed=s))["conv1.weight"] for s in (0, 0, 1)]
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+def test_at_most_every_entry_of_a_filter():
+    "3x3 filters on one channel have nine entries, fewer than random16 asks for."
+    assert free(freeze(create_model("resnet14", in_channels=1), "random16"))["conv1.weight"].all()
