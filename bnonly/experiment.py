@@ -250,7 +250,8 @@ def records(study:str|None=None   # a study's name; None for all of them
            ) -> list[dict]:       # each with 'study' and 'folder' added
     "Every sealed record, sorted by study and key."
     found = []
-    for path in sorted(runs_dir().glob(f"{study or '*'}/*/record.json")):
+    paths = (runs_dir()/study).glob("*/record.json") if study else runs_dir().glob("*/*/record.json")
+    for path in sorted(paths):
         try: record = load_record(path.parent)
         except BrokenRecord as e: warnings.warn(str(e)); continue
         spec = {f.name: f.default for f in fields(Spec)} | record["spec"]

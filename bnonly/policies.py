@@ -108,7 +108,7 @@ def dense(model:nn.Module) -> dict:   # name to a copy of the tensor
 
 def free(model:nn.Module) -> dict:    # name to a tensor of booleans
     "For every weight, which of its entries may move."
-    masks = {n: torch.zeros_like(t, dtype=torch.bool) for n,t in dense(model).items()}
+    masks = {n: torch.zeros(t.shape, dtype=torch.bool) for n,t in dense(model).items()}
     for name in trainable(model):
         module, kind = _place(name)
         entries = getattr(model.get_submodule(module), "parametrizations", {kind: [None]})[kind][0]

@@ -1,0 +1,28 @@
+# Two commands: `make study` trains the demo and writes its report, `make test` checks everything.
+# Both build .venv when it is missing or older than the pins.
+
+PYTHON ?= python3
+STUDY  ?= demo
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: study test clean
+
+study: .venv/installed
+	@bnonly study $(STUDY)
+	@bnonly report $(STUDY)
+
+test: .venv/installed
+	pytest -q
+	nbdev-test --n-workers 2
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "bnonly needs Python 3.11 or newer; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	pip install --quiet --disable-pip-version-check uv
+	uv pip install --quiet --constraint constraints.txt --editable '.[dev]' || \
+	  pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv
