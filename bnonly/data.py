@@ -89,7 +89,7 @@ def split(x:np.ndarray|Tensor,   # [N, H, W, C], bytes
           where:object           # the file the labels come from, for the message
          ) -> Images:
     "Images and labels, checked."
-    x, y = torch.as_tensor(x), torch.as_tensor(y).long()
+    x, y = torch.as_tensor(x).contiguous(), torch.as_tensor(y).long()
     if len(x) != len(y) or not len(y): raise BrokenData(f"{where} has {len(y)} labels for {len(x)} images; {AGAIN}.")
     if y.min() < 0 or y.max() >= classes:
         wrong = y[(y < 0) | (y >= classes)][0].item()
@@ -215,7 +215,8 @@ def open_image(file:Path|BytesIO,   # PNG, JPEG or whatever PIL reads
               ):                    # an RGB image
     "A decoded image; `BrokenData` where there is none."
     from PIL import Image
-    try: return Image.open(file).convert("RGB")
+    try:
+        with Image.open(file) as image: return image.convert("RGB")
     except (OSError, SyntaxError, ValueError):
         raise BrokenData(f"{name} cannot be decoded as an image; {AGAIN}.") from None
 

@@ -1,0 +1,121 @@
+"What holds for the repository as a whole: layout, imports, export, parameters."
+import ast
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from bnonly.experiment import Spec, preset
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+LIGHT = "experiment", "features", "accuracy", "affine", "report"   # import no torch: tables, figures and the report
+
+
+def cells(notebook, kind="code"):
+    return [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def modules():
+    "Module name to the number of the notebook it is exported from."
+    found = {}
+    for nb in NOTEBOOKS:
+        for c in cells(nb):
+            if m := re.match(r"#\| default_exp (\w+)", "".join(c["source"])):
+                found[m[1]] = int(nb.name[:2])
+    return found
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_point_only_to_lower_numbers(module):
+    number = modules()
+    for node in ast.walk(ast.parse((ROOT / f"bnonly/{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("bnonly")):
+            other = (node.module or "").removeprefix("bnonly.")
+            assert number[other] < number[module], f"{module} imports {other}"
+
+
+def loaded(code):
+    "Modules in memory, and seconds spent, after running `code` in a fresh interpreter."
+    probe = f"import time; t = time.perf_counter()\n{code}\nimport json, sys; print(json.dumps([time.perf_counter() - t, list(sys.modules)]))"
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def test_import_bnonly_is_instant_and_imports_no_torch():
+    seconds, found = min((loaded("import bnonly") for _ in range(3)), key=lambda o: o[0])
+    assert seconds < .5 and "torch" not in found
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_tables_and_figures_do_without_torch(module):
+    assert "torch" not in loaded(f"import bnonly.{module}")[1]
+
+
+def test_export_and_clean_change_nothing(tmp_path):
+    "The modules are what the notebooks say, and the notebooks are clean."
+    for name in ("nbs", "bnonly"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for command in ("nbdev-export", "nbdev-clean"):
+        subprocess.run([Path(sys.executable).parent / command], cwd=tmp_path, check=True, capture_output=True)
+    for file in [*(tmp_path / "nbs").glob("*.ipynb"), *(tmp_path / "bnonly").glob("*.py")]:
+        assert file.read_text() == (ROOT / file.relative_to(tmp_path)).read_text(), file.name
+    assert len(list((tmp_path / "bnonly").iterdir())) == len([f for f in (ROOT / "bnonly").iterdir() if f.name != "__pycache__"])
+
+
+@pytest.mark.parametrize("notebook", [nb for nb in NOTEBOOKS if nb.name[:2] in ("04", "07", "08")], ids=lambda p: p.stem)
+def test_parameters_cells_are_tagged(notebook):
+    "Without the tag papermill would inject its values above the defaults, which then win."
+    tagged = [c for c in cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1 and "study" in "".join(tagged[0]["source"])
+
+
+def test_parameters_of_04_train_are_the_spec():
+    cell = next(c for c in cells(ROOT / "nbs/04_train.ipynb") if "parameters" in c["metadata"].get("tags", []))
+    given = {}
+    exec("".join(cell["source"]), given)
+    assert given.pop("study") == "scratch"
+    assert {k: v for k, v in given.items() if not k.startswith("__")} == {f.name: f.default for f in fields(Spec)}
+
+
+def test_defaults_of_the_spec_never_change():
+    "A run is named by what differs from these, so another default would rename finished runs."
+    then = dict(arch="resnet14", policy="bn", data="digits", seed=0, epochs=40, batch_size=128, lr=.1, momentum=.9,
+                weight_decay=1e-4, schedule="step", init="he_normal", bn_init="uniform")
+    now = {f.name: f.default for f in fields(Spec)}
+    assert {k: now[k] for k in then} == then
+
+
+def test_every_preset_can_be_read():
+    ini = ConfigParser()
+    ini.read(ROOT / "settings.ini")
+    sizes = {s: len(preset(s)) for s in ini.sections()}
+    assert min(sizes.values()) > 0 and sizes["paper"] > 700
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_open_with_a_title_a_line_and_small_outputs(notebook):
+    first, second = json.loads(notebook.read_text())["cells"][:2]
+    assert re.match(r"# .+\n+> .+", "".join(first["source"])) and first["cell_type"] == "markdown"
+    for c in cells(notebook):
+        assert len(json.dumps(c.get("outputs", []))) < 150_000
+        assert len("".join(c["source"]).splitlines()) <= 40
+
+
+def test_public_names_have_docstrings():
+    import importlib
+    for module in modules():
+        m = importlib.import_module(f"bnonly.{module}")
+        for name in m.__all__:
+            o = getattr(m, name)
+            if inspect.isfunction(o) or inspect.isclass(o):
+                assert o.__doc__ or len(inspect.getsource(o).splitlines()) <= 4, f"{module}.{name}"

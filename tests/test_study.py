@@ -1,0 +1,52 @@
+"A small study from its settings to its report, in a project of its own."
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MINI = """[mini]
+epochs = 3
+arch = resnet8, resnet14
+policy = all, bn, random2, output
+seed = 0, 1
+"""
+
+
+@pytest.fixture
+def bnonly(tmp_path):
+    (tmp_path / "settings.ini").write_text(MINI)
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
+    return lambda *args: subprocess.run([Path(sys.executable).parent / "bnonly", *args], cwd=tmp_path, capture_output=True, text=True,
+                                        env=os.environ | {"BNONLY_RUNS": str(tmp_path / "runs"), "CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_a_study_ends_in_a_page_that_opens_offline(bnonly, tmp_path):
+    first = bnonly("study", "mini")
+    assert first.returncode == 0, first.stderr
+    assert "16 of 16 runs to train" in first.stderr and "min left" in first.stderr
+    told = bnonly("report", "mini")
+    assert told.returncode == 0, told.stderr
+    index = tmp_path / "runs/mini/report/index.html"
+    assert str(index) in told.stderr
+    page = index.read_text()
+    assert page.count("data:image/png;base64") == 3 and "±" in page and "resnet14" in page
+    assert not re.search(r"(?:src|href)=['\"](?:https?:)?//", page)
+    for link in re.findall(r"href='([^']+)'", page):
+        assert (index.parent / link).exists()
+    again = bnonly("study", "mini")
+    assert "every run is complete" in again.stderr
+    before = index.stat().st_mtime_ns
+    assert bnonly("report", "mini").returncode == 0 and index.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("args,answer", [(["study", "minni"], "the nearest is 'mini'"), (["train", "--policy", "bm"], "the nearest is 'bn'"),
+                                         (["report", "mini"], "no finished run")])
+def test_a_mistake_is_answered_by_one_sentence(bnonly, args, answer):
+    done = bnonly(*args)
+    assert done.returncode == 1 and answer in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1

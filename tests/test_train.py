@@ -1,0 +1,135 @@
+"One run, from every door a user can come through."
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from bnonly.data import load_data
+from bnonly.experiment import BrokenRecord, Spec, load_record, results, run_dir
+from bnonly.features import restore
+from bnonly.train import Journal, fit, learner, load_state, save_state
+from fastai.callback.core import Callback
+
+ROOT = Path(__file__).parents[1]
+TINY = Spec(arch="resnet8", epochs=2)
+
+
+def papermill(out, *args, cwd=ROOT, notebook="nbs/04_train.ipynb"):
+    return subprocess.run([sys.executable, "-m", "papermill", notebook, str(out), *args], cwd=cwd, capture_output=True, text=True,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("cwd,notebook", [(ROOT, "nbs/04_train.ipynb"), (ROOT / "nbs", "04_train.ipynb")], ids=["root", "nbs"])
+def test_papermill_trains_what_fit_trains(tmp_path, cwd, notebook):
+    done = papermill(tmp_path / "out.ipynb", "-p", "arch", "resnet8", "-p", "epochs", "1", cwd=cwd, notebook=notebook)
+    assert done.returncode == 0, done.stderr
+    record = load_record(run_dir(Spec(arch="resnet8", epochs=1)))
+    assert record["spec"]["arch"] == "resnet8" and record["status"] == "complete"
+
+
+@pytest.mark.parametrize("name,value,answer", [("archh", "resnet56", "the nearest is 'arch'"), ("arch", "resnet57", "the nearest is 'resnet56'"),
+                                               ("policy", "bm", "the nearest is 'bn'")])
+def test_papermill_refuses_a_mistake_and_trains_nothing(tmp_path, name, value, answer):
+    done = papermill(tmp_path / "out.ipynb", "-p", name, value)
+    assert done.returncode != 0 and answer in done.stderr
+    assert len(results()) == 0
+
+
+@pytest.mark.parametrize("policy", ["all", "all-affine", "bn", "bn+output", "random2", "scattered2", "none"])
+def test_restored_networks_give_the_same_logits(policy):
+    kept = {}
+
+    class Keep(Callback):
+        def after_fit(self): kept["model"] = self.learn.model
+    spec = replace(TINY, policy=policy, epochs=1)
+    assert fit(spec, cbs=[Keep()])["status"] == "complete"
+    x = load_data("digits").test.x.permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        assert torch.equal(restore(spec)(x), kept["model"].eval()(x))
+
+
+class Stop(Callback):
+    "Stop as a user would, after some epochs."
+    order = 70
+    def __init__(self, epochs): self.left = epochs
+    def after_epoch(self):
+        self.left -= 1
+        if not self.left: raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("policy", ["bn", "all", "random2"])
+def test_a_stopped_run_goes_on_bit_for_bit(policy):
+    spec = replace(TINY, policy=policy, epochs=4)
+    whole = fit(spec, "whole")
+    for n in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            fit(spec, "parts", cbs=[Stop(n)])
+    parts = fit(spec, "parts")
+    drop = lambda r: pd.read_csv(run_dir(spec, r) / "metrics.csv").drop(columns="seconds")
+    pd.testing.assert_frame_equal(drop("whole"), drop("parts"))
+    assert whole["files"]["moved.safetensors"] == parts["files"]["moved.safetensors"]
+    assert not (run_dir(spec, "parts") / "checkpoint.safetensors").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_by_name():
+    with pytest.raises(KeyboardInterrupt):
+        fit(TINY, cbs=[Stop(1)])
+    file = run_dir(TINY) / "checkpoint.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(Exception, match="checkpoint.safetensors is damaged"):
+        fit(TINY)
+
+
+def test_a_record_that_was_cut_off_is_refused_and_kept():
+    fit(TINY)
+    file = run_dir(TINY) / "record.json"
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(BrokenRecord, match="cut off or edited"):
+        fit(TINY)
+    assert len(file.read_text()) == 100
+
+
+def test_divergence_is_a_result():
+    record = fit(replace(TINY, lr=1000., policy="all"))
+    assert record["status"] == "diverged" and results().status.tolist() == ["diverged"]
+
+
+def test_the_learning_rate_of_every_step_is_the_papers():
+    "160 epochs: 0.1 until epoch 80, 0.01 until 120, then 0.001, changed at the first step of an epoch."
+    seen = []
+
+    class Watch(Callback):
+        def after_batch(self):
+            if self.training: seen.append(self.opt.hypers[-1]["lr"])
+    spec = Spec(arch="resnet8", epochs=8, batch_size=512)
+    learner(spec, cbs=[Watch()]).fit(spec.epochs)
+    n = len(seen) // 8
+    assert seen == pytest.approx([.1] * 4*n + [.01] * 2*n + [.001] * 2*n)
+
+
+def test_what_the_recipe_moves_is_what_the_formula_moves():
+    "A whole epoch of the Learner beside a plain loop with PyTorch's SGD, in float32: equal weights."
+    from bnonly.data import loaders
+    from bnonly.models import create_model
+    from bnonly.policies import freeze, trainable
+    from bnonly.train import loss_func
+    data, spec = load_data("digits"), replace(TINY, epochs=1)
+    learn = learner(spec, data, dtype=torch.float32)
+    learn.fit(1)
+    model = freeze(create_model("resnet8", 10, 1), "bn").to(memory_format=torch.channels_last)
+    opt = torch.optim.SGD(trainable(model).values(), lr=.1, momentum=.9, weight_decay=1e-4)
+    train, _ = loaders(data, 128, 0)
+    steps = list(train)
+    for i, (x, y) in enumerate(steps):
+        for g in opt.param_groups: g["lr"] = .1 * .1**((i >= len(steps)/2) + (i >= 3*len(steps)/4))
+        opt.zero_grad()
+        loss_func(model(x), y).backward()
+        opt.step()
+    for name, p in trainable(model).items():
+        torch.testing.assert_close(learn.model.get_parameter(name), p)
