@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET_DEPTHS', 'VGG_DEPTHS', 'ARCHS', 'ALONE', 'TOKENS', 'INITS', 'BN_INITS', 'DATASETS', 'SCHEDULES', 'nearest',
            'choose', 'Arch', 'parse_arch', 'parse_policy', 'Spec', 'check_spec', 'parameters', 'key', 'stream', 'root',
            'runs_dir', 'run_dir', 'write', 'seal', 'BrokenRecord', 'load_record', 'records', 'results', 'history',
-           'summary', 'preset']
+           'summary', 'presets', 'preset']
 
 # %% ../nbs/00_experiment.ipynb #b2f6664a
 import ast, hashlib, json, os, re, tempfile, warnings
@@ -284,14 +284,23 @@ def summary(table:pd.DataFrame,       # as `results` gives it
     return done.groupby(by, sort=False, dropna=False)[value].agg(mean="mean", sd="std", n="count").reset_index()
 
 # %% ../nbs/00_experiment.ipynb #799a714a
-def preset(name:str,                # a section of settings.ini
-           file:Path|None=None      # settings.ini elsewhere
-          ) -> list[Spec]:          # every run of the study once, seeds outermost
-    "The runs of a study, read from settings.ini."
+def _settings(file=None):
+    "settings.ini, parsed."
     file = Path(file or root()/"settings.ini")
     if not file.exists(): raise FileNotFoundError(f"{file} is missing; run inside a checkout of bnonly, or name a settings.ini.")
     ini = ConfigParser()
     ini.read(file)
+    return ini
+
+def presets() -> list[str]:
+    "The names of all studies."
+    return _settings().sections()
+
+def preset(name:str,                # a section of settings.ini
+           file:Path|None=None      # settings.ini elsewhere
+          ) -> list[Spec]:          # every run of the study once, seeds outermost
+    "The runs of a study, read from settings.ini."
+    ini = _settings(file)
     section = dict(ini[choose("study", name, ini.sections())])
     lines = [l for l in section.pop("grid", "").splitlines() if l.strip()] or [""]
     specs = [Spec(**point) for line in lines for point in _points(section | dict(p.split("=", 1) for p in line.split()))]

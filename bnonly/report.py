@@ -11,7 +11,7 @@ import base64, hashlib, html, json, os, sys, warnings
 from pathlib import Path
 
 # %% ../nbs/15_report.ipynb #bc48fd7d
-from .experiment import Spec, choose, preset, records, results, root, runs_dir, summary, write
+from .experiment import Spec, choose, preset, presets, records, results, root, runs_dir, summary, write
 
 # %% ../nbs/15_report.ipynb #09c4317e
 DRAWING = "07_accuracy", "08_affine"   # the notebooks that draw, in reading order
@@ -98,8 +98,9 @@ def overview(study:str) -> str:   # HTML
 
 def settings(study:str) -> str:
     "The section of settings.ini that made the study."
-    parts = (root()/"settings.ini").read_text().split("\n[")
-    return "[" + next(p for p in parts if p.startswith(study+"]")).rstrip()
+    lines = (root()/"settings.ini").read_text().split(f"[{choose('study', study, presets())}]\n")[1].splitlines()
+    end = next((i for i,l in enumerate(lines) if l.startswith("[")), len(lines))
+    return "\n".join([f"[{study}]"] + [l for l in lines[:end] if not l.startswith("#")]).rstrip()
 
 # %% ../nbs/15_report.ipynb #13db673f
 def inputs(study:str) -> str:

@@ -28,7 +28,7 @@ def bnonly(tmp_path):
 def test_a_study_ends_in_a_page_that_opens_offline(bnonly, tmp_path):
     first = bnonly("study", "mini")
     assert first.returncode == 0, first.stderr
-    assert "16 of 16 runs to train" in first.stderr and "min left" in first.stderr
+    assert "16 of 16 runs to train" in first.stderr and "16 runs trained, 0 failed" in first.stderr
     told = bnonly("report", "mini")
     assert told.returncode == 0, told.stderr
     index = tmp_path / "runs/mini/report/index.html"
