@@ -11,7 +11,7 @@ import base64, hashlib, html, json, os, sys, warnings
 from pathlib import Path
 
 # %% ../nbs/15_report.ipynb #bc48fd7d
-from .experiment import Spec, choose, preset, presets, records, results, root, runs_dir, summary, write
+from .experiment import Spec, choose, parse_arch, preset, presets, records, results, root, runs_dir, summary, write
 
 # %% ../nbs/15_report.ipynb #09c4317e
 DRAWING = "07_accuracy", "08_affine"   # the notebooks that draw, in reading order
@@ -26,7 +26,7 @@ def execute(notebook:str,   # e.g. '07_accuracy'
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # of papermill's own imports
         papermill.execute_notebook(root()/"nbs"/f"{notebook}.ipynb", out, dict(study=study),
-                                   kernel_name="python3", progress_bar=False)
+                                   kernel_name="python3", progress_bar=False, extra_arguments=["--log-level=40"])
     return out
 
 def as_page(notebook:Path) -> str:   # HTML
@@ -63,36 +63,43 @@ def spread(table) -> str:
     stats = summary(table)
     cells = [f"{m:.1f} ± {s:.1f} ({n})" if n > 1 else f"{m:.1f} (1)" for m,s,n in zip(stats["mean"], stats.sd, stats.n)]
     others = [c for c in ("bn_init", "init", "weight_decay") if stats[c].nunique() > 1]
-    wide = stats.assign(cell=cells).pivot(index=["arch", *others], columns="policy", values="cell")
-    return table_html(wide.reindex(index=wide.index.unique(), columns=list(dict.fromkeys(stats.policy))).reset_index())
+    wide = stats.assign(cell=cells).pivot(index=["arch", *others], columns="policy", values="cell").reset_index()
+    return table_html(wide.sort_values("arch", key=lambda c: c.map(parse_arch)).rename_axis(columns=None))
 
-# %% ../nbs/15_report.ipynb #0599f110
-def answer(comparisons) -> str:   # HTML; comparisons: as `bnonly.accuracy.ordering` gives them
-    "How far the paper's ordering holds in a study, in words and as a table."
-    found = comparisons["here"].value_counts() if len(comparisons) else {}
-    told = ", ".join(f"{n} {what}" for what,n in found.items()) or "none can be made yet"
-    against = comparisons[comparisons["here"] == "reversed"] if len(comparisons) else []
-    other = "".join(f"<li>the paper finds {html.escape(r['the paper finds'])}; here {r['first']} against {r['second']}</li>"
-                    for r in (against.to_dict("records") if len(against) else []))
-    return (f"<p>Of the paper's comparisons of mean test accuracy: {told}. A comparison holds where the means differ, the "
-            f"paper's way, by more than one standard deviation, the larger of the two.</p>"
-            + (f"<p>What disagrees with the paper:</p><ul>{other}</ul>" if other else "") + table_html(comparisons))
+# %% ../nbs/15_report.ipynb #741d842e
+def answer(comparisons,   # as `bnonly.accuracy.ordering` gives them
+           numbers        # as `bnonly.affine.in_numbers` gives them
+          ) -> str:       # HTML
+    "How far a study agrees with the paper, in words and as tables."
+    found = comparisons["here"].value_counts().to_dict() if len(comparisons) else {}
+    against = [f"The paper finds {r['the paper finds']}; here {r['first']} stands against {r['second']}."
+               for r in comparisons.to_dict("records") if r["here"] == "reversed"]
+    against += [f"{r['statement']}: {r['the paper']} in the paper, {r['here']} here, over {r['networks']} networks."
+                for r in numbers.to_dict("records") if r["verdict"] == "disagrees"]
+    told = ", ".join(f"{n} {what}" for what,n in found.items() if what != "holds")
+    items = "".join(f"<li>{html.escape(o[0].upper() + o[1:])}</li>" for o in against)
+    return (f"<p>Of the paper's {len(comparisons)} comparisons of mean test accuracy, {found.get('holds', 0)} hold{f' ({told})' if told else ''}: "
+            "the means differ, the paper's way, by more than one standard deviation, the larger of the two.</p>"
+            + (f"<p>What disagrees with the paper, which trained on CIFAR-10 for 160 epochs:</p><ul>{items}</ul>" if items else "")
+            + table_html(comparisons) + table_html(numbers))
 
 # %% ../nbs/15_report.ipynb #d556fe14
 def overview(study:str) -> str:   # HTML
     "The first page of a report."
     from bnonly.accuracy import ordering
+    from bnonly.affine import in_numbers
+    from bnonly.features import channels
     table, plan, sealed = results(study), preset(study), records(study)
     figures = [picture(f, CAPTIONS[f.stem]) for f in sorted((runs_dir()/study/"figures").glob("*.png")) if f.stem in CAPTIONS]
     links = " · ".join(f"<a href='{n}.html'>{n}</a>" for n in DRAWING)
     hosts = sorted({f"{r['machine']['device']} ({r['machine']['processor']}, {r['dtype']})" for r in sealed})
-    shown = table.drop(columns=["study", "folder"]).sort_values(["arch", "policy", "seed"])
+    shown = table.drop(columns=["study", "folder"]).sort_values(["arch", "policy", "seed"], key=lambda c: c.map(parse_arch) if c.name == "arch" else c)
     shown = shown[[c for c in shown if shown[c].nunique() > 1 or c in ("arch", "policy", "seed", "data", "status", "epochs")]]
     short = len({s.key for s in plan} - {s.key for s in map(lambda r: Spec(**r["spec"]), sealed)})
     return page(f"bnonly: {study}", f"""<h1>Training only BatchNorm: the study <em>{html.escape(study)}</em></h1>
 <p>{len(table)} runs on {', '.join(sorted(set(table.images)))}, {', '.join(f'{e} epochs' for e in sorted(set(table.epochs)))},
 {table.seconds.sum()/60:.0f} minutes of training on {'; '.join(hosts)}. {f'{short} planned runs are not measured.' if short else ''}</p>
-<h2>Does the paper's ordering hold?</h2>{answer(ordering(table))}<h2>Figures</h2>{''.join(figures)}<p class=small>With their text: {links}</p>
+<h2>Does the paper's ordering hold?</h2>{answer(ordering(table), in_numbers(table, channels(study)))}<h2>Figures</h2>{''.join(figures)}<p class=small>With their text: {links}</p>
 <h2>Test accuracy, mean ± standard deviation (seeds)</h2>{spread(table)}<h2>Every run</h2>{table_html(shown)}
 <h2>Settings</h2><pre>{html.escape(settings(study))}</pre>""")
 
