@@ -1,0 +1,143 @@
+"The fused kernels beside their definition in float64."
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from bnonly.kernels import FrozenConv, accelerate, bn_act, bn_act_plain, kernels
+from bnonly.models import create_model
+from bnonly.policies import freeze, trainable
+
+needs_kernels = pytest.mark.skipif(kernels() is None, reason="no C++ compiler here, so there are no fused kernels to test")
+SHAPES = [(2, 16, 5, 7), (1, 10, 3, 3), (3, 24, 9, 11), (128, 16, 1, 1), (4, 1, 6, 6), (128, 64, 8, 8), (2, 7, 1, 1), (2, 1000, 2, 2)]
+BIG = dict(memory_format=torch.channels_last)
+
+
+def case(shape, dtype, residual=True, shift=.3):
+    "Random inputs, rounded to `dtype` so that float64 sees the same numbers, and a gradient."
+    g = torch.Generator().manual_seed(0)
+    big = lambda s=0: (torch.randn(*shape, generator=g) + s).to(dtype).contiguous(**BIG)
+    small = lambda: torch.randn(shape[1], generator=g)
+    return dict(x=big(shift), residual=big() if residual else None, weight=small(), bias=small(),
+                running_mean=small(), running_var=small().abs() + .5), big()
+
+
+def evaluate(f, inputs, grad, double=False, frozen=(), **kw):
+    "Output, running statistics and gradients of f."
+    t = {k: v if v is None else v.double() if double else v.clone(memory_format=torch.preserve_format) for k, v in inputs.items()}
+    for k in ("x", "residual", "weight", "bias"):
+        if t[k] is not None and k not in frozen: t[k].requires_grad_()
+    y = f(**t, **kw)
+    if y.requires_grad: y.backward(grad.to(y.dtype))
+    return dict(y=y.detach(), running_mean=t["running_mean"], running_var=t["running_var"],
+                **{f"d{k}": t[k].grad for k in ("x", "residual", "weight", "bias") if t[k] is not None})
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_combination_against_float64(shape, dtype):
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-5
+    frozens = [(), ("weight", "bias"), ("bias",), ("x",), ("x", "residual")]
+    for residual, relu, training, frozen in itertools.product([False, True], [False, True], [False, True], frozens):
+        inputs, grad = case(shape, dtype, residual)
+        if relu:   # keep away from the corner of the ReLU, where rounding decides
+            z = bn_act_plain(**{k: None if v is None else v.double() for k, v in inputs.items()}, training=training, relu=False)
+            grad = grad.masked_fill(z.abs() < 1e-2, 0)
+        kw = dict(training=training, relu=relu, frozen=frozen)
+        got, want = evaluate(bn_act, inputs, grad, **kw), evaluate(bn_act_plain, inputs, grad, double=True, **kw)
+        for k, w in want.items():
+            assert (got[k] is None) == (w is None), k
+            if w is not None: assert (got[k].double() - w).abs().max() <= tolerance * max(w.abs().max(), 1), (k, kw)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_divergence_shows(bad, dtype):
+    inputs, grad = case((2, 16, 5, 5), dtype)
+    inputs["x"][1, 3, 2, 2] = bad
+    got, want = evaluate(bn_act, inputs, grad), evaluate(bn_act_plain, inputs, grad)
+    for k in ("y", "dx", "dweight", "running_mean", "running_var"):
+        finite = lambda t: t.isfinite().movedim(1, 0).flatten(1).all(1) if t.dim() == 4 else t.isfinite()
+        assert torch.equal(finite(got[k]), finite(want[k])), k
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_thread_and_two_give_the_same_bits(dtype):
+    inputs, grad = case((64, 24, 16, 16), dtype)
+    runs, n = [], torch.get_num_threads()
+    for threads in (2, 2, 1):
+        torch.set_num_threads(threads)
+        runs.append(evaluate(bn_act, inputs, grad))
+    torch.set_num_threads(n)
+    assert all(torch.equal(r[k], runs[0][k]) for r in runs for k in r)
+
+
+@needs_kernels
+def test_a_large_mean_cancels_nothing():
+    inputs, grad = case((8, 16, 8, 8), torch.float32, False, shift=1000.)
+    got, want = evaluate(bn_act, inputs, grad, relu=False), evaluate(bn_act_plain, inputs, grad, double=True, relu=False)
+    assert (got["y"].double() - want["y"]).abs().max() < 1e-3
+
+
+def test_what_does_not_fit_goes_to_the_definition():
+    for x in (torch.randn(8, 16), torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4).double()):
+        assert torch.equal(bn_act(x), bn_act_plain(x))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        bn_act(torch.randn(1, 16, 1, 1))
+
+
+@pytest.mark.parametrize("stride,size", [(1, 3), (2, 3), (2, 1)])
+def test_a_frozen_convolution_keeps_only_its_weight(stride, size):
+    x, w, kept = torch.randn(4, 16, 8, 8).contiguous(**BIG).requires_grad_(), torch.randn(32, 16, size, size).contiguous(**BIG), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        y = FrozenConv.apply(x, w, (stride,)*2, (size//2,)*2, (1, 1), 1)
+    want = torch.conv2d(x, w, None, stride, size//2)
+    g = torch.randn_like(y)
+    assert [t.data_ptr() for t in kept] == [w.data_ptr()] and torch.equal(y, want)
+    assert torch.equal(torch.autograd.grad(y, x, g)[0], torch.autograd.grad(want, x, g)[0])
+
+
+@needs_kernels
+def test_without_a_compiler_there_is_one_line_of_notice(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    code = "from bnonly.kernels import kernels; assert kernels() is None"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 1 and "no C++ compiler" in done.stderr
+
+
+@needs_kernels
+def test_two_processes_may_build_at_once(tmp_path):
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    both = [subprocess.Popen([sys.executable, "-c", "from bnonly.kernels import kernels; assert kernels()"], env=env) for _ in "ab"]
+    assert [p.wait() for p in both] == [0, 0]
+    assert [f.suffix for f in tmp_path.rglob("*") if f.is_file()] == [".so"]
+
+
+def one_step(arch, policy, fused=False, dtype=torch.float32):
+    "The loss of one batch, the gradients, the running statistics, and the logits in evaluation mode, as float64."
+    g = torch.Generator().manual_seed(0)
+    model = freeze(create_model(arch), policy).to(dtype=dtype, **BIG)
+    if fused: accelerate(model, dtype)
+    x, y = torch.randn(16, 3, 32, 32, generator=g).to(dtype).contiguous(**BIG), torch.randint(10, (16,), generator=g)
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    with torch.no_grad(): logits = model.eval()(x)
+    parts = dict(loss=[loss], gradients=[p.grad for p in trainable(model).values()], logits=[logits],
+                 statistics=[b for n, b in model.named_buffers() if "running" in n])
+    return {k: torch.cat([t.detach().double().flatten() for t in ts]) for k, ts in parts.items()}
+
+
+@needs_kernels
+@pytest.mark.parametrize("policy", ["bn", "all", "all-affine", "random2", "output", "bn+output"])
+@pytest.mark.parametrize("arch", ["resnet14", "vgg11", "resnet18", "wrn8-2"])
+def test_a_fused_network_is_as_near_to_float64_as_a_plain_one(arch, policy):
+    "Losses after some steps cannot be compared: plain float32 and float64 part ways as soon as the fused ones do."
+    exact, plain, fused = (one_step(arch, policy, *o) for o in ((False, torch.float64), (False,), (True,)))
+    for k, want in exact.items():
+        far = lambda got: ((got[k] - want).norm() / want.norm()).item()
+        assert far(fused) <= 3*far(plain) + 1e-6, k
