@@ -133,3 +133,26 @@ def test_what_the_recipe_moves_is_what_the_formula_moves():
         opt.step()
     for name, p in trainable(model).items():
         torch.testing.assert_close(learn.model.get_parameter(name), p)
+
+
+def test_an_imagenet_resnet_trains_from_files(tmp_path, monkeypatch):
+    "B.2's recipe from an ImageFolder: six photographs of noise, two classes, one epoch."
+    from PIL import Image
+    import numpy as np
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for i, wnid in enumerate(["n01", "n02"] * 3):
+            file = tmp_path / "imagenet" / split / wnid / f"{i}.JPEG"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (70, 60, 3), dtype=np.uint8)).save(file)
+    monkeypatch.setenv("BNONLY_DATA", str(tmp_path))
+    record = fit(Spec(arch="resnet18", data="imagenet", schedule="imagenet", lr=.4, epochs=1, batch_size=3))
+    assert record["status"] == "complete" and record["shape"] == dict(num_classes=2, in_channels=3)
+
+
+def test_the_readmes_example_runs(tmp_path):
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len([l for l in code.splitlines() if l.strip()]) <= 12
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8288" in done.stdout and "accuracy" in done.stdout
