@@ -119,3 +119,15 @@ def test_public_names_have_docstrings():
             o = getattr(m, name)
             if inspect.isfunction(o) or inspect.isclass(o):
                 assert o.__doc__ or len(inspect.getsource(o).splitlines()) <= 4, f"{module}.{name}"
+
+
+def test_numbers_in_the_readme_come_from_records(monkeypatch):
+    "Each row of the README's table of results is what the committed records say."
+    from bnonly.experiment import results, summary
+    monkeypatch.delenv("BNONLY_RUNS")
+    found = {(r["arch"], r["policy"]): r for r in summary(results("short")).to_dict("records")}
+    rows = re.findall(r"^\| (\S+) \| (\S+) \| ([\d.]+)(?: ± ([\d.]+))? \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) >= 4
+    for arch, policy, mean, sd, n in rows:
+        r = found[arch.lower().replace("-", ""), policy]
+        assert (mean, n) == (f"{r['mean']:.1f}", str(r["n"])) and (not sd or sd == f"{r['sd']:.1f}"), (arch, policy)
