@@ -20,7 +20,7 @@ test: .venv/installed
 	  { echo "bnonly needs Python 3.11 or newer; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
 	pip install --quiet --disable-pip-version-check uv
-	uv pip install --quiet --constraint constraints.txt --editable '.[dev]' || \
+	uv pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable '.[dev]' || \
 	  pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

@@ -11,7 +11,7 @@ __all__ = ['IMAGENET_DEPTHS', 'VGG_DEPTHS', 'ARCHS', 'ALONE', 'TOKENS', 'INITS',
 # %% ../nbs/00_experiment.ipynb #b2f6664a
 import ast, hashlib, json, os, re, tempfile, warnings
 from collections.abc import Iterable
-from configparser import ConfigParser
+from configparser import ConfigParser, Error as ConfigError
 from dataclasses import asdict, dataclass, fields
 from difflib import SequenceMatcher
 from itertools import product
@@ -27,7 +27,7 @@ def nearest(value:str,               # what was given
            ) -> str:
     "The allowed name most like `value`: by its letters first, then by its numbers."
     def distance(name):
-        letters = [re.sub(r"[\d.]", "", o) for o in (value, name)]
+        letters = [re.sub(r"[\d.]", "", o.lower()) for o in (value, name)]
         numbers = [[float(n) for n in re.findall(r"\d+(?:\.\d+)?", o)] + [0, 0] for o in (value, name)]
         unlike = 1 - SequenceMatcher(None, *letters).ratio()
         return round(unlike, 2), sum(abs(a-b) for a,b in zip(*numbers))
@@ -41,6 +41,7 @@ def choose(what:str,                 # what the name stands for, as the message 
     "`value` if it is allowed; otherwise a `ValueError` that names the nearest valid choice."
     allowed = list(allowed)
     if value in allowed: return value
+    if not allowed: raise ValueError(f"{what} {value!r} does not exist, and no other does.")
     raise ValueError(f"{what} {value!r} is not one of {rule or ', '.join(allowed)}; "
                      f"the nearest is {nearest(str(value), allowed)!r}.")
 
@@ -60,14 +61,15 @@ ARCHS = ([f"resnet{6*n+2}" for n in range(1, 201)] + [f"resnet{d}" for d in IMAG
 def parse_arch(name:str   # e.g. 'resnet56', 'wrn14-4', 'vgg16', 'resnet50'
               ) -> Arch:
     "Family, depth and width of a network; `ValueError` with the nearest name where there is none."
-    match = re.fullmatch(r"(resnet|wrn|vgg)(\d+)(?:-(\d+(?:\.\d+)?))?", str(name))
+    match = re.fullmatch(r"(resnet|wrn|vgg)([1-9]\d*)(?:-(\d+(?:\.\d+)?))?", str(name), re.ASCII)
     kind, depth, width = (match[1], int(match[2]), match[3]) if match else (None, 0, None)
     if kind == "resnet" and not width and depth in IMAGENET_DEPTHS: return Arch("imagenet", depth)
     if kind == "vgg" and not width and depth in VGG_DEPTHS: return Arch("vgg", depth)
-    if kind in ("resnet", "wrn") and bool(width) == (kind == "wrn") and depth >= 8 and depth%6 == 2:
-        if float(width or 1) * 16 >= 1: return Arch("cifar", depth, float(width or 1))
+    channels = 16*float(width or 1)   # of the first stage
+    if kind in ("resnet", "wrn") and bool(width) == (kind == "wrn") and 8 <= depth <= 2000 and depth%6 == 2:
+        if channels >= 1 and channels == int(channels): return Arch("cifar", depth, channels/16)
     choose("arch", name, ARCHS, "resnet<6n+2> (CIFAR), resnet18/34/50/101/200 (ImageNet), "
-           "wrn<6n+2>-<width>, vgg11/13/16/19")
+           "wrn<6n+2>-<width in sixteenths>, vgg11/13/16/19")
 
 # %% ../nbs/00_experiment.ipynb #d4889a01
 ALONE  = "all", "all-affine", "none"
@@ -181,7 +183,7 @@ def root() -> Path:
     "The folder that holds settings.ini: above the working directory, else above the package, else here."
     for start in Path.cwd(), Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd():
         for folder in (start, *start.parents):
-            if (folder/"settings.ini").exists() and (folder/"nbs").is_dir(): return folder
+            if (folder/"settings.ini").exists() and (folder/"nbs/00_experiment.ipynb").exists(): return folder
     return Path.cwd()
 
 def runs_dir() -> Path:
@@ -219,7 +221,7 @@ def seal(folder:Path,            # of the run
         ) -> dict:               # the record as it was written
     "Write record.json, the last file of a run, with the digests of the others."
     record = dict(record, files={n: _digest((Path(folder)/n).read_bytes()) for n in files})
-    record = json.loads(json.dumps(record))
+    record = json.loads(json.dumps(record, allow_nan=False))
     record["seal"] = _own(record)
     write(Path(folder)/"record.json", json.dumps(record, indent=1)+"\n")
     return record
@@ -288,8 +290,9 @@ def _settings(file=None):
     "settings.ini, parsed."
     file = Path(file or root()/"settings.ini")
     if not file.exists(): raise FileNotFoundError(f"{file} is missing; run inside a checkout of bnonly, or name a settings.ini.")
-    ini = ConfigParser()
-    ini.read(file)
+    ini = ConfigParser(interpolation=None)
+    try: ini.read(file)
+    except ConfigError as e: raise ValueError(f"{file} cannot be read: {str(e).splitlines()[0]}.") from None
     return ini
 
 def presets() -> list[str]:
@@ -303,8 +306,15 @@ def preset(name:str,                # a section of settings.ini
     ini = _settings(file)
     section = dict(ini[choose("study", name, ini.sections())])
     lines = [l for l in section.pop("grid", "").splitlines() if l.strip()] or [""]
-    specs = [Spec(**point) for line in lines for point in _points(section | dict(p.split("=", 1) for p in line.split()))]
+    specs = [Spec(**point) for line in lines for point in _points(section | _pairs(line))]
     return sorted(dict.fromkeys(specs), key=lambda s: s.seed)
+
+def _pairs(line):
+    "A line of a grid, such as 'arch=resnet14,resnet32 policy=bn'."
+    pairs = [p.partition("=") for p in line.split()]
+    for k,equal,v in pairs:
+        if not (k and equal and v): raise ValueError(f"{line.strip()!r} is not a line of a grid; write field=value,value without spaces.")
+    return {k: v for k,_,v in pairs}
 
 def _points(grid):
     "Every point of a grid of comma-separated values."

@@ -399,9 +399,12 @@ def _bn_forward(m, x, residual=None):
     if m.training: m.num_batches_tracked.add_(1)
     return bn_act(x, residual, m.weight, m.bias, m.running_mean, m.running_var, m.training, m.momentum, m.eps, m.relu)
 
-def _conv_forward(m, low, x):
-    "The forward pass of a frozen convolution; low: its weight, rounded once."
-    x = x.to(low.dtype)
+def _conv_forward(m, dtype, x):
+    "The forward pass of a frozen convolution, whose weight is rounded again only where somebody changed it."
+    version = m.weight._version, m.weight.data_ptr()
+    if getattr(m, "_rounded", (None,))[0] != version: m._rounded = version, m.weight.detach().to(dtype)
+    low = m._rounded[1]
+    x = x.to(dtype)
     geometry = m.stride, m.padding, m.dilation, m.groups
     return FrozenConv.apply(x, low, *geometry) if x.requires_grad else torch.conv2d(x, low, None, *geometry)
 
@@ -413,7 +416,7 @@ def accelerate(model:nn.Module,      # frozen by its policy, channels-last, on i
     for m in model.modules():
         if isinstance(m, BatchNormAct): m.forward = partial(_bn_forward, m)
         if type(m) is nn.Conv2d and m.bias is None and not m.weight.requires_grad:
-            m.forward = partial(_conv_forward, m, m.weight.detach().to(dtype))
+            m.forward = partial(_conv_forward, m, dtype)
     return model
 
 # %% ../nbs/03_kernels.ipynb #ae3ce817

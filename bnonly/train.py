@@ -61,7 +61,10 @@ def sgd(params, lr, momentum, weight_decay):
 def default_device() -> torch.device:
     "The accelerator if there is one, else the CPU; $BNONLY_DEVICE overrides."
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return torch.device(os.environ.get("BNONLY_DEVICE") or best)
+    name = os.environ.get("BNONLY_DEVICE") or best
+    try: return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"BNONLY_DEVICE {name!r} cannot be used here ({str(e).splitlines()[0]}); say 'cpu', or leave it out.") from None
 
 def default_dtype(device:torch.device) -> torch.dtype:
     "bfloat16 where the hardware multiplies it, else float32."
@@ -73,11 +76,16 @@ def prepare(model, device, dtype):
     "Move a model to where and how it trains."
     if device.type == "cpu": keep_memory()
     model = accelerate(model.to(device, memory_format=torch.channels_last), dtype)
-    if dtype != torch.float32: model.forward = torch.autocast(device.type, dtype)(model.forward)
+    if dtype != torch.float32: model.forward = partial(_rounded, model, device.type, dtype)
     return model
 
+def _rounded(model, kind, dtype, x):
+    "The forward pass of a network with its convolutions in `dtype`."
+    with torch.autocast(kind, dtype): return type(model).forward(model, x)
+
 # %% ../nbs/04_train.ipynb #9b5adcf2
-def loss_func(logits, y): return F.cross_entropy(logits.float(), y)
+def loss_func(logits, y, reduction="mean"): return F.cross_entropy(logits.float(), y, reduction=reduction)
+loss_func.y_int = True   # fastai's MixUp asks
 
 def learner(spec:Spec,                        # the run
             data=None,                        # as `load_data` gives it, to share it between runs
@@ -216,18 +224,20 @@ def fit(spec:Spec,                       # the run
     learn.fit(spec.epochs)
     write(folder/"moved.safetensors", safetensors.torch.save(
         {n: t.detach().cpu().contiguous() for n,t in moved(learn.model).items()}, dict(spec=json.dumps(spec.__dict__))))
-    return finish(spec, folder, learn, journal, data, device, dtype)
+    return finish(spec, folder, learn, journal, data, device, dtype, [type(c).__name__ for c in cbs])
 
 # %% ../nbs/04_train.ipynb #786fb0fd
-def finish(spec, folder, learn, journal, data, device, dtype) -> dict:
-    "Seal the record of a run that has ended, and drop its checkpoint."
+def finish(spec, folder, learn, journal, data, device, dtype, callbacks) -> dict:
+    "Seal the record of a run that has ended, and drop its checkpoint; `RuntimeError` where a callback ended it early."
+    if len(journal.rows) < spec.epochs and not journal.diverged:
+        raise RuntimeError(f"{spec.key} ended after {len(journal.rows)} of {spec.epochs} epochs, so it has no record; fit it again to go on.")
     sizes, last = counts(learn.model).loc["all"], journal.rows[-1]
     record = seal(folder, dict(
         spec=spec.__dict__, status="diverged" if journal.diverged else "complete",
-        final={k: last[k] for k in ("epoch", "train_loss", "loss", "accuracy", "top5")},
+        final={k: last[k] if math.isfinite(last[k]) else None for k in ("epoch", "train_loss", "loss", "accuracy", "top5")},
         counts={k: int(v) for k,v in sizes.items()}, images=data.label, data_digest=data.digest,
         shape=dict(num_classes=data.num_classes, in_channels=data.in_channels), dtype=str(dtype).split(".")[-1],
-        seconds=round(sum(r["seconds"] for r in journal.rows), 1), machine=machine(device)),
+        seconds=round(sum(r["seconds"] for r in journal.rows), 1), callbacks=callbacks, machine=machine(device)),
         ["metrics.csv", "moved.safetensors"])
     journal.state.unlink(missing_ok=True)
     return record
