@@ -156,3 +156,27 @@ def test_the_readmes_example_runs(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "8288" in done.stdout and "accuracy" in done.stdout
+
+
+def test_a_copy_of_a_network_computes_with_its_own_weights():
+    import copy
+    import pickle
+    fit(TINY)
+    model, x = restore(TINY), load_data("digits").test.x.permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        before = model(x)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(x), before)
+            for p in twin.parameters(): p.zero_()
+            assert not twin(x).any() and torch.equal(model(x), before)
+
+
+def test_a_run_that_a_callback_ends_early_has_no_record():
+    from fastai.callback.core import CancelFitException
+
+    class Early(Callback):
+        order = 70   # after the journal has written the epoch
+        def after_epoch(self): raise CancelFitException
+    with pytest.raises(RuntimeError, match="ended after 1 of 2 epochs"):
+        fit(TINY, cbs=[Early()])
+    assert len(results()) == 0 and fit(TINY)["final"]["epoch"] == 2
