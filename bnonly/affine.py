@@ -48,7 +48,7 @@ THRESHOLDS = .01, .05, .1
 def small_gammas(features:pd.DataFrame   # as `channels` gives it
                 ) -> pd.DataFrame:       # one row a run and threshold, with the share in percent
     "The share of gammas that are smaller than each threshold."
-    by = [c for c in features if c not in ("layer", "gamma", "beta")]
+    by = [c for c in features if c not in ("layer", "role", "gamma", "beta", "zero")]
     shares = features.assign(**{str(t): 100.*(features.gamma.abs() < t) for t in THRESHOLDS})
     shares = shares.groupby(by, sort=False)[[str(t) for t in THRESHOLDS]].mean().reset_index()
     return shares.melt(by, var_name="threshold", value_name="share")
