@@ -218,3 +218,69 @@ def test_an_empty_study_gives_empty_tables():
     empty = str(Path(tempfile.mkdtemp()))
     assert len(channels(empty)) == len(clamped(empty)) == 0
     assert {"gamma", "zero", "policy", "folder"} <= {*channels(empty)} and {"change", "share"} <= {*clamped(empty)}
+
+
+def table(**columns):
+    "Channels as the figures read them: one run a combination of policy, seed and weight decay."
+    from dataclasses import asdict
+    rows = [asdict(Spec(arch="resnet20", policy=p, seed=s, weight_decay=w)) | dict(images="toy", study="toy", folder=f"x/{p}{s}{w}")
+            for p, w in (("bn", 1e-4), ("bn", 0.), ("all", 1e-4)) for s in (0, 1)]
+    import pandas as pd
+    return pd.concat([pd.DataFrame(columns).assign(**r) for r in rows], ignore_index=True)
+
+
+def test_shares_of_small_gammas_and_silent_relus():
+    "Of five channels two are below 0.01; four have a ReLU, and one of those is silent."
+    from bnonly.activations import activity, silent
+    from bnonly.affine import small_gammas, usual
+    toy = table(layer=0, role=0, gamma=[0., -.009, .02, .06, -.5], beta=0., zero=[1., .99, .5, 0., np.nan])
+    shares = small_gammas(toy)
+    assert len(shares) == 6*3 and set(shares[shares.threshold == "0.01"].share) == {40.}
+    assert set(shares[shares.threshold == "0.05"].share) == {60.} and set(shares[shares.threshold == "0.1"].share) == {80.}
+    assert set(silent(toy).share) == {25.}
+    assert activity(toy).loc[("resnet20", "bn")][["silent", "on", "between", "n"]].tolist() == [25., 25., 25., 2.]
+    assert set(usual(toy).weight_decay) == {1e-4}
+
+
+def test_decays_are_held_apart_and_against_decay_alone():
+    from bnonly.affine import decay_table, decayed, several_decays, steps
+    toy = table(layer=0, role=0, gamma=[0., -.009, .02, .5], beta=0., zero=[1., .5, .5, .5])
+    found = decay_table(toy, clamped("no such study"))
+    assert found.small.tolist() == [50.]*3 and found.silent.tolist() == [25.]*3 and found.n.tolist() == [2]*3
+    assert found.loc[("bn", 0.)].alone == pytest.approx(1.)        # nothing shrinks: U[0, 1] has 1% below 0.01
+    assert found.loc[("bn", 1e-4)].alone == pytest.approx(1/decayed(steps(Spec())))
+    assert len(several_decays(toy[toy.weight_decay > 0])) == 0
+
+
+def test_decay_alone_by_its_optimizer():
+    "What is left of a number without gradient, by formula and by PyTorch's SGD at the demo's schedule."
+    from bnonly.affine import decayed, steps
+    from bnonly.train import step
+    p = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    p.grad = torch.zeros_like(p)
+    opt, n = torch.optim.SGD([p], lr=.1, momentum=.9, weight_decay=.012), steps(Spec())
+    for i in range(n):
+        opt.param_groups[0]["lr"] = .1*step(i/n)
+        opt.step()
+    assert n == 480 and p.item() == pytest.approx(decayed(n, .012), rel=1e-9)
+
+
+def test_figures_without_runs_say_so_in_words():
+    import matplotlib.pyplot as plt
+    from bnonly import activations, affine
+    none, cut = channels("no such study"), clamped("no such study")
+    figures = [affine.fig04(none), affine.fig05(none), affine.fig06(cut), affine.fig_decay(none, cut), activations.fig07(none),
+               *(affine.distributions(none, n) for n in affine.DISTRIBUTIONS), *(activations.frequencies(none, n) for n in activations.FREQUENCIES)]
+    assert len(figures) == 5 + 8 + 3
+    for fig in figures:
+        assert len(fig.axes) == 1 and len(fig.axes[0].texts[0].get_text()) > 20
+        plt.close(fig)
+
+
+def test_a_figure_names_the_runs_it_lacks():
+    from bnonly.affine import absent
+    plan = [Spec(arch=a, policy=p) for a in ("resnet20", "wrn14-2") for p in ("bn", "all", "random2")] + [Spec(arch="resnet20", weight_decay=0.)]
+    none = channels("no such study")
+    assert absent(plan, none, "ResNet").startswith("2 planned runs of this figure are not measured: resnet20 bn, resnet20 all")
+    assert "wrn14-2" in absent(plan, none, "WRN") and absent(plan, none, "VGG") == ""
+    assert absent(plan, none, weight_decay={0.}).startswith("1 planned")
