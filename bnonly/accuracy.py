@@ -196,7 +196,7 @@ LAYOUTS = {
         CIFAR, {}),
     "fig14": Layout("Accuracy of two random parameters per channel with the output layer", (
         ALL, BN, Line("bn+output", *SERIES["bn+output"]),
-        Line("random2+output", "Two Random Params per Channel + Output", "tab:green")), FOUR, {}),
+        Line("output+random2", "Two Random Params per Channel + Output", "tab:green")), FOUR, {}),
 }
 
 # %% ../nbs/07_accuracy.ipynb #8cc54562
