@@ -271,7 +271,7 @@ def gaps(plan:list,            # of specs, as `preset` gives it
         open_ += [(name, s.arch) for s in own if s.key not in done and archs[s.arch]]
         unplanned += [(name, a) for a,where in archs.items() if where and a not in {s.arch for s in own}]
     without = [f for f in named if not any(f in where for where in archs.values())]
-    told = [("not measured yet", _grouped(open_)), ("not in this study", _grouped(unplanned)), ("no network of the family", ", ".join(without))]
+    told = [(f"{len(open_)} planned run{'s' if len(open_) > 1 else ''} not measured yet", _grouped(open_)), ("not in this study", _grouped(unplanned)), ("no network of the family", ", ".join(without))]
     return [f"{what}: {which}" for what,which in told if which]
 
 # %% ../nbs/07_accuracy.ipynb #9ab393bc
@@ -288,7 +288,7 @@ def accuracy_panel(ax, stats, lines, limits=(0, 100), value="accuracy"):
         own = stats[stats.line == i]
         if not len(own): continue
         x = own["at"].map(where)
-        ax.errorbar(x, own["mean"], own.sd.fillna(0), fmt=line.style, capsize=3, color=line.color, label=line.label)
+        ax.errorbar(x, own["mean"], own.sd.fillna(0), fmt=line.style, capsize=3, color=line.color, label=line.label, clip_on=False)
         for at,a,d in zip(x, own.arch, own["data"]):
             told = PAPER.get((a, line.policy, line.bn_init, value)) if d == ("imagenet" if parse_arch(a).family == "imagenet" else "cifar10") else None
             if told: ax.plot(at, told, "*", ms=10, mfc="none", color=line.color)

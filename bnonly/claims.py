@@ -446,7 +446,7 @@ def verdict(claim:Claim, items:list[Item]) -> str:
     return f"{'holds' if ok else 'does not hold'} on {told}{some}"
 
 # %% ../nbs/12_claims.ipynb #4e1c58b9
-def _number(v): return f"{v:.3f}" if abs(v) < 1 and v else f"{v:,.1f}"
+def _number(v): return f"{v:.3f}" if 0 < abs(v) < 1 else f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.1f}"
 
 def _measured(items):
     "The measured number, or the range over networks, with its spread."

@@ -70,9 +70,9 @@ def test_a_figure_says_what_it_lacks():
     plan = [Spec(arch=a, policy=p) for a in ("resnet14", "resnet32") for p in ("bn", "all")]
     table = runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60), ("resnet14", "all", 0, 90))
     told = " / ".join(acc.gaps(plan, table, acc.LAYOUTS["fig12"]))
-    assert "not measured yet: all: resnet32" in told
+    assert "1 planned run not measured yet: all: resnet32" in told
     assert "shortcut+output: resnet14, resnet32" in told and "no network of the family: ImageNet ResNet" in told
-    assert "not measured yet: all: resnet32" in acc.accuracy_figure("fig12", table, plan).get_supxlabel().replace("\n", " ")
+    assert "1 planned run not measured yet: all: resnet32" in acc.accuracy_figure("fig12", table, plan).get_supxlabel().replace("\n", " ")
 
 
 @pytest.mark.parametrize("name", [*acc.LAYOUTS, "fig03", "fig10"])
