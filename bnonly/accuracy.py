@@ -469,9 +469,9 @@ def ordering(table:pd.DataFrame   # as `results` gives it
         pairs = [((a, p), (a, q)) for p,q in (("all", "bn"), ("bn", "random2"), ("bn", "output")) for a in archs]
         for one,two in pairs + [((b, "bn"), (a, "bn")) for a,b in zip(archs, archs[1:])]:
             if one in get and two in get: rows.append(_compare(get[one], get[two]))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).drop_duplicates(ignore_index=True)   # resnet14 opens two panels
 
 def _compare(one, two):
     name = lambda r: f"{r['arch']} {r['policy']}"
-    show = lambda r: f"{r['mean']:.1f} ± {r['sd']:.1f} ({r['n']})"
+    show = lambda r: f"{r['mean']:.1f} ± {r['sd']:.1f} ({r['n']})" if r["n"] > 1 else f"{r['mean']:.1f} (1)"
     return {"the paper finds": f"{name(one)} > {name(two)}", "first": show(one), "second": show(two), "here": verdict(one, two)}

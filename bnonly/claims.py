@@ -471,17 +471,21 @@ def ledger(runs:pd.DataFrame,              # as `gather` gives it
         items = c.measure(runs)
         if not _belongs(c, items): items = []
         seeds = [i.n for i in items]
-        n = "" if c.exact or not items else f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+        n = "" if c.exact or not items else f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)}-{max(seeds)}"
         rows.append({"id": c.id, "place": c.place, "claim": c.words, "paper": c.paper, "measured": _measured(items) if items else "",
                      "n": n, "verdict": verdict(c, items), "needs": "" if items else needs(c)})
     return pd.DataFrame(rows)
 
 # %% ../nbs/12_claims.ipynb #0ccb2859
 def tally(table:pd.DataFrame   # as `ledger` gives it
-         ) -> pd.Series:
-    "How many claims came to which verdict."
-    return table.verdict.value_counts()
+         ) -> str:
+    "How many claims came to which verdict, in a sentence's words."
+    kinds, where = table.verdict.str.partition(" on ")[0].value_counts(), table.verdict.str.partition(" on ")[2].str.partition(",")[0]
+    elsewhere = " and ".join(sorted(set(where) - {""}))
+    names = {"reproduced": "reproduced", "not reproduced": "not reproduced", "holds": f"hold on {elsewhere}",
+             "does not hold": f"do not hold on {elsewhere}", "not measured": "not measured"}
+    return ", ".join(f"{kinds[k]} {words}" for k,words in names.items() if k in kinds)
 
 def keep(table:pd.DataFrame, study:str):
-    "Write the ledger beside the figures."
-    return write(runs_dir()/study/"claims.csv", table.to_csv(index=False))
+    "Write the ledger as a table beside the study's report."
+    return write(runs_dir()/study/"report"/"claims.csv", table.to_csv(index=False))

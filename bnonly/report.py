@@ -149,7 +149,7 @@ def answer(comparisons,   # as `bnonly.accuracy.ordering` gives them
 
 # %% ../nbs/15_report.ipynb #bca0a7f7
 def claims(study:str):   # as `bnonly.claims.ledger` gives it
-    "Measure the paper's claims on a study and write them down: claims.csv beside its runs, claims.html in its report."
+    "Measure the paper's claims on a study and write them down: claims.csv and claims.html in its report."
     from bnonly.claims import gather, keep, ledger
     if not records(study): raise ValueError(f"study {choose('study', study, presets())!r} has no finished run; train it first: bnonly study {study}.")
     found = ledger(gather(study))
@@ -160,10 +160,11 @@ def claims(study:str):   # as `bnonly.claims.ledger` gives it
 
 def claims_html(study:str) -> str:
     "The claims that were measured, and the number of all verdicts."
+    from bnonly.claims import tally
     found = claims(study)
-    told = ", ".join(f"{n} {what}" for what,n in found.verdict.value_counts().items())
-    return (f"<p>{len(found)} claims: {html.escape(told)}. Only what is measured on the paper's images, epochs and networks, or counted, "
-            f"can be reproduced. <a href='claims.html'>All of them</a>, with the runs that the others need.</p>"
+    return (f"<p>{len(found)} claims: {html.escape(tally(found))}. Only what is measured on the paper's images, epochs and networks, or counted, "
+            "can be reproduced. A number agrees within two standard errors, or within the claim's tolerance where that is more; a claim about "
+            "several networks holds when it does for each. <a href='claims.html'>All of them</a>, with the runs that the others need.</p>"
             + table_html(found[found.verdict != "not measured"].drop(columns=["id", "needs"])))
 
 # %% ../nbs/15_report.ipynb #d556fe14
@@ -261,12 +262,13 @@ def figures_command(study:str):
 
 def claims_command(study:str):
     "Print what a study says about each of the paper's claims."
+    from bnonly.claims import tally
     found = claims(study)
     for r in found.to_dict("records"):
         print(f"{r['place']}: {r['claim']}: {r['paper']} in the paper; "
               + (f"{r['measured']}{' (n = ' + r['n'] + ')' if r['n'] else ''}: " if r["measured"] else "") + r["verdict"]
               + (f" (needs {r['needs']})" if r["needs"] else ""))
-    print(f"\n{len(found)} claims: " + ", ".join(f"{n} {what}" for what,n in found.verdict.value_counts().items()))
+    print(f"\n{len(found)} claims: {tally(found)}")
 
 # %% ../nbs/15_report.ipynb #8070354b
 COMMANDS = {"study": "train what a study still lacks", "figures": "draw every figure of a study",

@@ -106,3 +106,8 @@ def test_the_small_networks_are_held_against_the_curve():
     table = runs({("resnet56", "bn"): (60, 60), ("resnet110", "bn"): (70, 70), ("wrn32-0.125", "all"): (at + 7,)*2})
     item, = BY_ID["small-networks"].measure(table)
     assert item.value == pytest.approx(7)
+
+
+def test_the_tally_counts_every_claim():
+    table = pd.DataFrame(dict(verdict=["reproduced", "holds on digits, 5 epochs", "holds on digits, 40 epochs", "not measured"]))
+    assert cl.tally(table) == "1 reproduced, 2 hold on digits, 1 not measured"
