@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL', 'BN', 'FIGURE2', 'CIFAR', 'FOUR', 'DISABLED', 'NARROW',
-           'LAYOUTS', 'PAPER', 'GROWING', 'ONLY_BN', 'WIDTHS', 'family', 'panels', 'plain', 'convolutions', 'sizes',
-           'specifications', 'table1', 'tableC1', 'save', 'draw_table', 'save_table', 'Line', 'Layout', 'points',
-           'lacking', 'gaps', 'accuracy_panel', 'note', 'in_words', 'empty', 'accuracy_figure', 'Fit', 'doubling',
-           'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs', 'fig10', 'verdict', 'ordering']
+           'LAYOUTS', 'PAPER', 'STAR', 'GROWING', 'ONLY_BN', 'WIDTHS', 'family', 'panels', 'plain', 'convolutions',
+           'sizes', 'specifications', 'table1', 'tableC1', 'save', 'draw_table', 'save_table', 'Line', 'Layout',
+           'points', 'lacking', 'gaps', 'papers', 'starred', 'accuracy_panel', 'note', 'in_words', 'empty',
+           'accuracy_figure', 'Fit', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs', 'fig10',
+           'verdict', 'ordering']
 
 # %% ../nbs/07_accuracy.ipynb #df5f7ece
 import textwrap
@@ -274,6 +275,22 @@ def gaps(plan:list,            # of specs, as `preset` gives it
     told = [(f"{len(open_)} planned run{'s' if len(open_) > 1 else ''} not measured yet", _grouped(open_)), ("not in this study", _grouped(unplanned)), ("no network of the family", ", ".join(without))]
     return [f"{what}: {which}" for what,which in told if which]
 
+# %% ../nbs/07_accuracy.ipynb #bd5d10b9
+def papers(row:dict,      # with arch, data, policy and bn_init
+           value:str="accuracy"
+          ) -> float|None:
+    "The number that the paper's text gives for a point, if the point is on the paper's data."
+    own = "imagenet" if parse_arch(row["arch"]).family == "imagenet" else "cifar10"
+    return PAPER.get((row["arch"], row["policy"], row["bn_init"], value)) if row["data"] == own else None
+
+def _stars(ax, where, stats, color, value="accuracy"):
+    for x,row in zip(where, stats.to_dict("records")):
+        if (told := papers(row, value)) is not None: ax.plot(x, told, "*", ms=10, mfc="none", color=color)
+
+STAR = "a star is the number in the paper's text"
+
+def starred(fig) -> bool: return any(l.get_marker() == "*" for ax in fig.axes for l in ax.lines)
+
 # %% ../nbs/07_accuracy.ipynb #9ab393bc
 def _ends(limits, stats):
     "The paper's limits, further apart where a point with its spread lies outside."
@@ -289,9 +306,7 @@ def accuracy_panel(ax, stats, lines, limits=(0, 100), value="accuracy"):
         if not len(own): continue
         x = own["at"].map(where)
         ax.errorbar(x, own["mean"], own.sd.fillna(0), fmt=line.style, capsize=3, color=line.color, label=line.label, clip_on=False)
-        for at,a,d in zip(x, own.arch, own["data"]):
-            told = PAPER.get((a, line.policy, line.bn_init, value)) if d == ("imagenet" if parse_arch(a).family == "imagenet" else "cifar10") else None
-            if told: ax.plot(at, told, "*", ms=10, mfc="none", color=line.color)
+        _stars(ax, x, own, line.color, value)
     ax.set_xticks(range(len(ticks)), ticks.tick)
     ax.set(xlim=(-.3, len(ticks)-.7), ylim=_ends(limits, stats))
 
@@ -321,7 +336,8 @@ def _panel(ax, table, layout, name, value):
     accuracy_panel(ax, stats, layout.lines, layout.limits.get(name, (0, 100)), value)
     chance = 100/(1000 if data == "imagenet" else 10) * (5 if value == "top5" else 1)
     if ax.get_ylim()[0] < chance: ax.axhline(chance, color="gray", ls=":", label="Chance")
-    ax.set(xlabel=f"{name} on {images}", ylabel={"accuracy": "Test Accuracy (%)", "top5": "Top-5 Test Accuracy (%)"}[value])
+    first = "Top-1 Test Accuracy (%)" if name.startswith("ImageNet") else "Test Accuracy (%)"
+    ax.set(xlabel=f"{name} on {images}", ylabel="Top-5 Test Accuracy (%)" if value == "top5" else first)
     ages = "/".join(str(e) for e in sorted(set(stats.epochs)))
     ax.set_title(f"mean ± one standard deviation, {note(stats)}, {ages} epochs", loc="right", fontsize=6.5, color="gray")
 
@@ -338,8 +354,9 @@ def accuracy_figure(name:str,             # e.g. 'fig02'
     fig, axes = plt.subplots(len(shown)//columns, columns, figsize=(4.2*columns if columns > 1 else 5, 3*len(shown)//columns), squeeze=False)
     for ax,(f,v) in zip(axes.flat, shown): _panel(ax, table, layout, f, v)
     found = {l: h for ax in axes.flat for h,l in zip(*ax.get_legend_handles_labels())}
+    found = {l: found[l] for l in sorted(found, key=lambda l: l == "Chance")}
     fig.legend(found.values(), found, loc="outside upper center", ncols=2 if columns == 1 else 3)
-    if missing: in_words(fig, missing)
+    if told := "; ".join(t for t in (STAR if starred(fig) else "", missing) if t): in_words(fig, told)
     return fig
 
 # %% ../nbs/07_accuracy.ipynb #13d530dc
@@ -378,9 +395,10 @@ def growth(table:pd.DataFrame) -> dict:   # panel to Fit, or None below three ne
 # %% ../nbs/07_accuracy.ipynb #9554cd71
 def _budget_axes(ax, stats, unit):
     ax.set_xscale("log", base=2)
-    low, high = np.floor(np.log2(stats.bn.min()/1000)), np.ceil(np.log2(stats.bn.max()/1000))
+    low, high = np.floor(np.log2(stats.bn.min()/1000)), np.ceil(np.log2(stats.bn.max()/1000) - .05)
     ticks = 2.**np.arange(low, high+1)
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
     ax.set(xlabel=f"Thousands of {unit} Parameters (log scale)", ylabel="Test Accuracy (%)", ylim=_ends((45, 85), stats))
     ax.set_title(f"mean ± one standard deviation, {note(stats)}", loc="right", fontsize=6.5, color="gray")
 
@@ -388,9 +406,10 @@ def _budget_lines(ax, table, fits):
     for panel,own in budgets(table).groupby("panel", sort=False):
         label, color = GROWING[panel]
         ax.errorbar(own.bn/1000, own["mean"], own.sd.fillna(0), fmt="o" if fits else "o-", capsize=3, color=color, label=label)
+        _stars(ax, own.bn/1000, own, color)
         if not fits or not (f := doubling(own.bn, own["mean"])): continue
         x = np.array([own.bn.min(), own.bn.max()])
-        ax.plot(x/1000, f.intercept + f.slope*np.log2(x), "--", color=color, lw=1, label=f"slope={f.slope:.3f}, r2={f.r2:.3f}, p={f.p:.2E}")
+        ax.plot(x/1000, f.intercept + f.slope*np.log2(x), "--", color=color, lw=1, clip_on=False, label=f"slope={f.slope:.3f}, r2={f.r2:.3f}, p={f.p:.2E}")
 
 # %% ../nbs/07_accuracy.ipynb #0371bf4b
 ONLY_BN = Layout("Accuracy against the number of BatchNorm parameters", (BN,), CIFAR, {})
@@ -405,7 +424,7 @@ def fig03(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     few = [GROWING[p][0].lower() for p,f in growth(table).items() if f is None]
     fig.legend(loc="outside upper center", ncols=2)
     told = [f"{table.images.iloc[0]}, {'/'.join(str(e) for e in sorted(set(stats.epochs)))} epochs; the paper: slope 5.897 (depth), 4.994 (width)",
-            *missing, *([f"no line through fewer than three networks: {', '.join(few)}"] if few else [])]
+            *([STAR] if starred(fig) else []), *missing, *([f"no line through fewer than three networks: {', '.join(few)}"] if few else [])]
     in_words(fig, "; ".join(told))
     return fig
 
@@ -448,7 +467,8 @@ def fig10(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     both = pd.concat([stats, small]) if len(small) else stats
     _budget_axes(ax, both, "Trainable")
     fig.legend(loc="outside upper center", ncols=2)
-    in_words(fig, "; ".join([f"{table.images.iloc[0]}, {'/'.join(str(e) for e in sorted(set(both.epochs)))} epochs", *missing]))
+    in_words(fig, "; ".join([f"{table.images.iloc[0]}, {'/'.join(str(e) for e in sorted(set(both.epochs)))} epochs",
+                              *([STAR] if starred(fig) else []), *missing]))
     return fig
 
 # %% ../nbs/07_accuracy.ipynb #f31dfb86
