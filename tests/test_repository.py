@@ -16,7 +16,7 @@ from bnonly.experiment import Spec, preset
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-LIGHT = "experiment", "features", "accuracy", "affine", "activations", "report"   # import no torch: tables, figures and the report
+LIGHT = "experiment", "features", "accuracy", "affine", "activations", "claims", "report"   # import no torch: tables, figures and the report
 
 
 def cells(notebook, kind="code"):
@@ -72,7 +72,7 @@ def test_export_and_clean_change_nothing(tmp_path):
     assert len(list((tmp_path / "bnonly").iterdir())) == len([f for f in (ROOT / "bnonly").iterdir() if f.name != "__pycache__"])
 
 
-@pytest.mark.parametrize("notebook", [nb for nb in NOTEBOOKS if nb.name[:2] in ("04", "07", "08", "09")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", [nb for nb in NOTEBOOKS if nb.name[:2] in ("04", "07", "08", "09", "12")], ids=lambda p: p.stem)
 def test_parameters_cells_are_tagged(notebook):
     "Without the tag papermill would inject its values above the defaults, which then win."
     tagged = [c for c in cells(notebook) if "parameters" in c["metadata"].get("tags", [])]

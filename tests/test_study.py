@@ -34,10 +34,16 @@ def test_a_study_ends_in_a_page_that_opens_offline(bnonly, tmp_path):
     index = tmp_path / "runs/mini/report/index.html"
     assert str(index) in told.stderr
     page = index.read_text()
-    assert page.count("data:image/png;base64") == 3 and "±" in page and "resnet14" in page
+    figures = tmp_path / "runs/mini/figures"
+    drawn = {f"fig{n:02}" for n in (1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 14)} | {"table1", "tableC1"}
+    assert drawn <= {f.stem for f in figures.glob("*.png")} and drawn <= {f.stem for f in figures.glob("*.svg")}
+    assert page.count("data:image/png;base64") == len(list(figures.glob("fig*.png"))) and "±" in page and "resnet14" in page
     assert not re.search(r"(?:src|href)=['\"](?:https?:)?//", page)
     for link in re.findall(r"href='([^']+)'", page):
         assert (index.parent / link).exists()
+    told = bnonly("claims", "mini")
+    assert told.returncode == 0 and "holds on digits, 3 epochs" in told.stdout and "not measured (needs" in told.stdout
+    assert not re.search("digits[^:]*: (not )?reproduced", told.stdout)
     again = bnonly("study", "mini")
     assert "every run is complete" in again.stderr
     before = index.stat().st_mtime_ns
@@ -45,7 +51,8 @@ def test_a_study_ends_in_a_page_that_opens_offline(bnonly, tmp_path):
 
 
 @pytest.mark.parametrize("args,answer", [(["study", "minni"], "the nearest is 'mini'"), (["train", "--policy", "bm"], "the nearest is 'bn'"),
-                                         (["report", "mini"], "no finished run")])
+                                         (["report", "mini"], "no finished run"), (["claims", "mini"], "no finished run"),
+                                         (["figures", "minni"], "the nearest is 'mini'")])
 def test_a_mistake_is_answered_by_one_sentence(bnonly, args, answer):
     done = bnonly(*args)
     assert done.returncode == 1 and answer in done.stderr
