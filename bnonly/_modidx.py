@@ -234,6 +234,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'bnonly.features.Zeros.count': ('features.html#zeros.count', 'bnonly/features.py'),
                                  'bnonly.features.Zeros.rates': ('features.html#zeros.rates', 'bnonly/features.py'),
                                  'bnonly.features._complete': ('features.html#_complete', 'bnonly/features.py'),
+                                 'bnonly.features._digest': ('features.html#_digest', 'bnonly/features.py'),
                                  'bnonly.features.affine': ('features.html#affine', 'bnonly/features.py'),
                                  'bnonly.features.analyse': ('features.html#analyse', 'bnonly/features.py'),
                                  'bnonly.features.analyse_study': ('features.html#analyse_study', 'bnonly/features.py'),

@@ -7,7 +7,7 @@ __all__ = ['ROLES', 'THRESHOLDS', 'SHARES', 'OWN', 'SEEN', 'restore', 'norms', '
            'load_once', 'kept', 'extract', 'analyse', 'analyse_study', 'channels', 'clamped']
 
 # %% ../nbs/06_features.ipynb #b894bd02
-import warnings
+import hashlib, warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -116,13 +116,21 @@ def load_once(name:str) -> tuple:   # the data set or None, and why it is not th
     try: return load_data(name), ""
     except OSError as e: return None, str(e)
 
+def _digest(arrays):
+    "SHA-256 of the content of some arrays."
+    h = hashlib.sha256()
+    for n in sorted(arrays): h.update(n.encode() + np.ascontiguousarray(arrays[n]).tobytes())
+    return h.hexdigest()
+
 def kept(folder:Path) -> dict:   # name to array; nothing where there are none of this record
-    "The features beside a record."
+    "The features beside a record; a file that is not as it was written is named in a warning and not read."
     path = Path(folder)/"features.safetensors"
     if not path.exists(): return {}
-    with safe_open(path, "np") as f:
-        if f.metadata().get("seal") != load_record(folder)["seal"]: return {}
-        return {n: f.get_tensor(n) for n in f.keys()}
+    try:
+        with safe_open(path, "np") as f: meta, found = f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}
+        if meta["digest"] != _digest(found): raise ValueError
+    except Exception: return warnings.warn(f"{path} is not as it was written; it is made again at the next analysis.") or {}
+    return found if meta.get("seal") == load_record(folder)["seal"] else {}
 
 # %% ../nbs/06_features.ipynb #24cdd98b
 def extract(spec:Spec, study:str="scratch",
@@ -151,7 +159,8 @@ def analyse(spec:Spec, study:str="scratch") -> Path:   # of features.safetensors
     if data and data.digest != record["data_digest"]: data, why = None, f"the images of {spec.data} are not those it was trained on"
     if why: warnings.warn(f"{spec.key}: no zero rates and no clamping, because {why}")
     if data or not have.keys() >= {*OWN}:
-        write(path, safetensors.numpy.save(extract(spec, study, data), dict(seal=record["seal"])))
+        found = extract(spec, study, data)
+        write(path, safetensors.numpy.save(found, dict(seal=record["seal"], digest=_digest(found))))
     return path
 
 # %% ../nbs/06_features.ipynb #c1855476

@@ -126,7 +126,7 @@ def spread(table) -> str:
     "Mean ± standard deviation (n) of the test accuracy, networks by policies."
     stats = summary(table)
     cells = [f"{m:.1f} ± {s:.1f} ({n})" if n > 1 else f"{m:.1f} (1)" for m,s,n in zip(stats["mean"], stats.sd, stats.n)]
-    others = [c for c in ("bn_init", "init", "weight_decay") if stats[c].nunique() > 1]
+    others = [c for c in Spec.__dataclass_fields__ if c in stats and c not in ("arch", "policy") and stats[c].nunique() > 1]
     wide = stats.assign(cell=cells).pivot(index=["arch", *others], columns="policy", values="cell").reset_index()
     return table_html(wide.sort_values("arch", key=lambda c: c.map(parse_arch)).rename_axis(columns=None))
 
@@ -205,7 +205,9 @@ def figures(study:str,     # a section of settings.ini
             say=print      # called with each line of progress
            ) -> Path:      # of the folder of figures
     "Draw every figure of a study: execute the notebooks that draw."
+    from bnonly.features import analyse_study
     choose("study", study, presets())
+    analyse_study(study, say)
     for i,name in enumerate(drawing(), 1):
         say(f"{study}: executing {name} ({i} of {len(drawing())} notebooks)")
         write(runs_dir()/study/"report"/f"{name}.html", as_page(execute(name, study)))
