@@ -163,7 +163,7 @@ def claims_html(study:str) -> str:
     from bnonly.claims import tally
     found = claims(study)
     return (f"<p>{len(found)} claims: {html.escape(tally(found))}. Only what is measured on the paper's images, epochs and networks, or counted, "
-            "can be reproduced. A number agrees within two standard errors, or within the claim's tolerance where that is more; a claim about "
+            "can be reproduced. A number agrees within two standard errors (at most two points), or within the claim's tolerance where that is more; a claim about "
             "several networks holds when it does for each. <a href='claims.html'>All of them</a>, with the runs that the others need.</p>"
             + table_html(found[found.verdict != "not measured"].drop(columns=["id", "needs"])))
 
