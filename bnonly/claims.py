@@ -109,12 +109,12 @@ def agrees(item:Item,            # what was measured
            high:float,           # the upper end
            tolerance:float=.5,   # what rounding leaves open
            ordering:bool=False,  # must exceed `low` by its error
-           single:float=2.       # the margin of a single seed
+           single:float=2.       # the margin of a single seed, and the most a spread can give
           ) -> bool:
     "The one rule for a verdict."
     margin = single if np.isnan(item.se) else 2*item.se
     if ordering: return item.value > low + margin
-    margin = max(margin, tolerance)
+    margin = max(tolerance, min(margin, single))   # a spread as wide as the claim would agree with anything
     return low - margin <= item.value <= high + margin
 
 # %% ../nbs/12_claims.ipynb #53c573a8
@@ -131,7 +131,7 @@ class Claim(NamedTuple):
     tolerance: float = .5
     ordering: bool = False
     exact: bool = False        # a count, which needs no run
-    single: float = 2.         # the margin where there is one seed
+    single: float = 2.         # the margin where there is one seed, and the most a spread can give
 
 def _item(name, a, b=None):
     if b is None: return Item(name, a.value, a.sd/a.n**.5, a.sd, a.n, (a,))

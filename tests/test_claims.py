@@ -111,3 +111,8 @@ def test_the_small_networks_are_held_against_the_curve():
 def test_the_tally_counts_every_claim():
     table = pd.DataFrame(dict(verdict=["reproduced", "holds on digits, 5 epochs", "holds on digits, 40 epochs", "not measured"]))
     assert cl.tally(table) == "1 reproduced, 2 hold on digits, 1 not measured"
+
+
+def test_a_wide_spread_does_not_agree_with_anything():
+    "Means 3 points off, with a standard error of 10: beyond the two points that a spread can give."
+    assert said("r14-bn-acc", runs({("resnet14", "bn"): (41, 61)})) == "not reproduced"
