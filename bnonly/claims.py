@@ -46,7 +46,7 @@ def per_run(table:pd.DataFrame,       # as `results` gives it
 # %% ../nbs/12_claims.ipynb #2d42b163
 def gather(study:str) -> pd.DataFrame:
     "The table that a study's claims are measured on."
-    clamped = getattr(features, "clamped", lambda study: None)(study)
+    clamped = features.clamped(study)
     return per_run(results(study), features.channels(study), clamped)
 
 # %% ../nbs/12_claims.ipynb #8b0b4649

@@ -118,11 +118,11 @@ def test_what_the_recipe_moves_is_what_the_formula_moves():
     from bnonly.data import loaders
     from bnonly.models import create_model
     from bnonly.policies import freeze, trainable
-    from bnonly.train import loss_func
+    from bnonly.train import loss_func, prepare
     data, spec = load_data("digits"), replace(TINY, epochs=1)
     learn = learner(spec, data, dtype=torch.float32)
     learn.fit(1)
-    model = freeze(create_model("resnet8", 10, 1), "bn").to(memory_format=torch.channels_last)
+    model = prepare(freeze(create_model("resnet8", 10, 1), "bn"), torch.device("cpu"), torch.float32)
     opt = torch.optim.SGD(trainable(model).values(), lr=.1, momentum=.9, weight_decay=1e-4)
     train, _ = loaders(data, 128, 0)
     steps = list(train)
