@@ -221,6 +221,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'bnonly.train.Schedule.before_batch': ('train.html#schedule.before_batch', 'bnonly/train.py'),
                               'bnonly.train.Still': ('train.html#still', 'bnonly/train.py'),
                               'bnonly.train.Still.before_backward': ('train.html#still.before_backward', 'bnonly/train.py'),
+                              'bnonly.train._bytes': ('train.html#_bytes', 'bnonly/train.py'),
                               'bnonly.train._digest': ('train.html#_digest', 'bnonly/train.py'),
                               'bnonly.train.default_device': ('train.html#default_device', 'bnonly/train.py'),
                               'bnonly.train.default_dtype': ('train.html#default_dtype', 'bnonly/train.py'),
@@ -232,7 +233,9 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'bnonly.train.loss_func': ('train.html#loss_func', 'bnonly/train.py'),
                               'bnonly.train.machine': ('train.html#machine', 'bnonly/train.py'),
                               'bnonly.train.prepare': ('train.html#prepare', 'bnonly/train.py'),
+                              'bnonly.train.random_states': ('train.html#random_states', 'bnonly/train.py'),
                               'bnonly.train.save_state': ('train.html#save_state', 'bnonly/train.py'),
+                              'bnonly.train.set_random_states': ('train.html#set_random_states', 'bnonly/train.py'),
                               'bnonly.train.sgd': ('train.html#sgd', 'bnonly/train.py'),
                               'bnonly.train.step': ('train.html#step', 'bnonly/train.py'),
                               'bnonly.train.top5': ('train.html#top5', 'bnonly/train.py')}}}
