@@ -143,16 +143,23 @@ def train_command(spec:Spec, study:str):
     if record["status"] == "complete": analyse(spec, study)
     line(f"{spec.key}: {record['status']}, test accuracy {record['final']['accuracy']:.2f}%", end=True)
 
-def study_command(study:str, workers:int):
+def study_command(study:str, workers:int=0, only:str="", retry_failed:bool=False, dry_run:bool=False):
     "Train what a study still lacks."
     from bnonly.features import analyse
-    from bnonly.sweep import Line, missing, sweep
-    line, todo = Line(), len(missing(study))
-    line(f"{study}: {todo} of {len(preset(study))} runs to train" if todo else f"{study}: every run is complete", end=True)
-    failed = sweep(study, workers=workers, after=analyse, say=line) if todo else {}
-    if todo: line(f"{study}: {todo - len(failed)} runs trained, {len(failed)} failed", end=True)
+    from bnonly.sweep import Line, clock, expected, missing, own_cores, retry, select, state, sweep
+    line, specs = Line(), select(preset(study), only)
+    if retry_failed and not dry_run: [retry(s, study) for s in specs]
+    todo, cores = missing(study, specs), workers or own_cores()
+    time = clock(sum(expected(todo, results())) / min(cores, max(1, len(todo))))
+    line(f"{study}: {len(todo)} of {len(specs)} runs to train, about {time}" if todo else f"{study}: every run is complete or has failed"
+         if any(state(s, study) in ("failed", "broken") for s in specs) else f"{study}: every run is complete", end=True)
+    if dry_run: return print("\n".join(s.key for s in todo))
+    failed = sweep(study, specs, workers, after=analyse, say=line)
+    if todo: line(f"{study}: {len(todo) - len(set(failed) & {s.key for s in todo})} runs trained, {len(failed)} failed", end=True)
     for key,trace in failed.items(): print(f"\n{key}\n{trace}", file=sys.stderr)
-    if failed: sys.exit(1)
+    left = [s.key for s in specs if state(s, study) == "failed" and s.key not in failed]
+    if left: print(f"{study}: {len(left)} runs failed before, {left[0]!r} the first; bnonly study {study} --retry-failed takes them up again", file=sys.stderr)
+    if failed or left: sys.exit(1)
 
 def report_command(study:str):
     "Draw the figures of a study and write its report."
@@ -173,7 +180,11 @@ def parser():
     for name,what in (("study", "train what a study still lacks"), ("report", "draw a study's figures and write its report")):
         own = commands.add_parser(name, help=what)
         own.add_argument("name", help="a section of settings.ini: demo, short, paper")
-        if name == "study": own.add_argument("--workers", type=int, default=0, help="processes; 0 is one for each core (default: 0)")
+        if name == "study":
+            own.add_argument("--workers", type=int, default=0, help="processes; 0 is one for each core (default: 0)")
+            own.add_argument("--only", default="", help="part of the study, e.g. 'policy=bn arch=resnet56,resnet110'")
+            own.add_argument("--retry-failed", action="store_true", help="take up again what failed or diverged")
+            own.add_argument("--dry-run", action="store_true", help="list the runs that are missing and train nothing")
     return p
 
 def main(argv:list|None=None):
@@ -181,7 +192,7 @@ def main(argv:list|None=None):
     args = vars(parser().parse_args(argv))
     try:
         if args["command"] == "train": train_command(Spec(**{k: args[k] for k in Spec.__dataclass_fields__}), args["study"])
-        elif args["command"] == "study": study_command(args["name"], args["workers"])
+        elif args["command"] == "study": study_command(args["name"], *(args[k] for k in ("workers", "only", "retry_failed", "dry_run")))
         else: report_command(args["name"])
     except (ValueError, OSError) as e: sys.exit(f"bnonly: {e}")
     except KeyboardInterrupt: sys.exit("\nbnonly: stopped; what was finished is kept, and the same command goes on from there")
