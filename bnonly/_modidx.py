@@ -216,6 +216,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'bnonly.sweep._broken': ('sweep.html#_broken', 'bnonly/sweep.py'),
                               'bnonly.sweep.alike': ('sweep.html#alike', 'bnonly/sweep.py'),
                               'bnonly.sweep.by_joblib': ('sweep.html#by_joblib', 'bnonly/sweep.py'),
+                              'bnonly.sweep.by_ray': ('sweep.html#by_ray', 'bnonly/sweep.py'),
                               'bnonly.sweep.claims': ('sweep.html#claims', 'bnonly/sweep.py'),
                               'bnonly.sweep.clock': ('sweep.html#clock', 'bnonly/sweep.py'),
                               'bnonly.sweep.core_hours': ('sweep.html#core_hours', 'bnonly/sweep.py'),

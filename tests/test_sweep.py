@@ -121,3 +121,29 @@ def test_a_claim_that_was_lost_is_not_released_for_its_new_owner(tmp_path):
     first.release()
     assert claims(tmp_path) == [second.file]
     second.release()
+
+
+def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, monkeypatch):
+    "Two nodes; one is killed as soon as the first run is there."
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    from ray.cluster_utils import Cluster
+    from bnonly.sweep import by_ray
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+    node, log = cluster.add_node(num_cpus=1), tmp_path / "log"
+    ray.init(address=cluster.address, log_to_driver=False)
+
+    def after(spec, study):
+        with open(log, "a") as f: f.write(f"{spec.key} {ray.get_runtime_context().get_node_id()}\n")
+
+    def run(todo, workers, task):
+        for i, result in enumerate(by_ray(todo, workers, task)):
+            if i == 0: cluster.remove_node(node, allow_graceful=False)
+            yield result
+    specs = [Spec(arch="resnet8", epochs=2, seed=s) for s in range(6)]
+    try: assert sweep("cluster", specs, after=after, say=quiet, run=run, pause=1) == {}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert sorted(l.split()[0] for l in log.read_text().splitlines()) == sorted(s.key for s in specs)
+    assert len(results("cluster")) == 6 and set(results("cluster").status) == {"complete"}
