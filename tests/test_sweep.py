@@ -23,7 +23,7 @@ class Stop(Callback):
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been_killed():
-    "In a process of its own, which forks: three random instants here, fifty in runs/bench/survival.json."
+    "In a process of its own, which forks: three random instants here, fifty with tests/survival.py."
     code = "import torch; torch.set_num_threads(1); from survival import survive; assert all(r['equal'] for r in survive(3, seed=1))"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT / "tests", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
