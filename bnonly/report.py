@@ -10,6 +10,7 @@ __all__ = ['DRAWING', 'STYLE', 'CAPTIONS', 'THE_PAPERS', 'BESIDES', 'COMMANDS', 
 
 # %% ../nbs/15_report.ipynb #ae39b163
 import base64, hashlib, html, json, os, sys, warnings
+from functools import partial
 from pathlib import Path
 
 # %% ../nbs/15_report.ipynb #bc48fd7d
@@ -240,16 +241,25 @@ def train_command(spec:Spec, study:str):
     if record["status"] == "complete": analyse(spec, study)
     line(f"{spec.key}: {record['status']}, test accuracy {record['final']['accuracy']:.2f}%", end=True)
 
-def study_command(study:str, workers:int):
+def study_command(study:str, workers:int=0, only:str="", retry_failed:bool=False, dry_run:bool=False,
+                  engine:str="joblib", gpus_per_run:float=0):
     "Train what a study still lacks."
     from bnonly.features import analyse
-    from bnonly.sweep import Line, missing, sweep
-    line, todo = Line(), len(missing(study))
-    line(f"{study}: {todo} of {len(preset(study))} runs to train" if todo else f"{study}: every run is complete", end=True)
-    failed = sweep(study, workers=workers, after=analyse, say=line) if todo else {}
-    if todo: line(f"{study}: {todo - len(failed)} runs trained, {len(failed)} failed", end=True)
+    from bnonly.sweep import ENGINES, Line, clock, expected, missing, own_cores, retry, select, state, sweep
+    line, specs = Line(), select(preset(study), only)
+    if retry_failed and not dry_run: [retry(s, study) for s in specs]
+    todo, cores = missing(study, specs), workers or own_cores()
+    time = clock(sum(expected(todo, results())) / min(cores, max(1, len(todo))))
+    line(f"{study}: {len(todo)} of {len(specs)} runs to train, about {time}" if todo else f"{study}: every run is complete or has failed"
+         if any(state(s, study) in ("failed", "broken") for s in specs) else f"{study}: every run is complete", end=True)
+    if dry_run: return print("\n".join(s.key for s in todo))
+    run = ENGINES[choose("engine", engine, ENGINES)]
+    failed = sweep(study, specs, workers, after=analyse, say=line, run=partial(run, gpus=gpus_per_run) if engine == "ray" else run)
+    if todo: line(f"{study}: {len(todo) - len(set(failed) & {s.key for s in todo})} runs trained, {len(failed)} failed", end=True)
     for key,trace in failed.items(): print(f"\n{key}\n{trace}", file=sys.stderr)
-    if failed: sys.exit(1)
+    left = [s.key for s in specs if state(s, study) == "failed" and s.key not in failed]
+    if left: print(f"{study}: {len(left)} runs failed before, {left[0]!r} the first; bnonly study {study} --retry-failed takes them up again", file=sys.stderr)
+    if failed or left: sys.exit(1)
 
 def report_command(study:str):
     "Draw the figures of a study and write its report."
@@ -290,7 +300,13 @@ def parser():
     for name,what in COMMANDS.items():
         own = commands.add_parser(name, help=what)
         own.add_argument("name", help="a section of settings.ini: demo, short, paper")
-        if name == "study": own.add_argument("--workers", type=int, default=0, help="processes; 0 is one for each core (default: 0)")
+        if name == "study":
+            own.add_argument("--workers", type=int, default=0, help="processes; 0 is one for each core (default: 0)")
+            own.add_argument("--only", default="", help="part of the study, e.g. 'policy=bn arch=resnet56,resnet110'")
+            own.add_argument("--retry-failed", action="store_true", help="take up again what failed or diverged")
+            own.add_argument("--engine", default="joblib", help="joblib (this machine) or ray (a cluster, $RAY_ADDRESS) (default: joblib)")
+            own.add_argument("--gpus-per-run", type=float, default=0, help="with ray: GPUs for each run, e.g. 0.2 (default: 0)")
+            own.add_argument("--dry-run", action="store_true", help="list the runs that are missing and train nothing")
     return p
 
 def main(argv:list|None=None):
@@ -298,7 +314,7 @@ def main(argv:list|None=None):
     args = vars(parser().parse_args(argv))
     try:
         if args["command"] == "train": train_command(Spec(**{k: args[k] for k in Spec.__dataclass_fields__}), args["study"])
-        elif args["command"] == "study": study_command(args["name"], args["workers"])
+        elif args["command"] == "study": study_command(args["name"], *(args[k] for k in ("workers", "only", "retry_failed", "dry_run", "engine", "gpus_per_run")))
         else: dict(figures=figures_command, claims=claims_command, report=report_command)[args["command"]](args["name"])
     except (ValueError, OSError) as e: sys.exit(f"bnonly: {e}")
     except KeyboardInterrupt: sys.exit("\nbnonly: stopped; what was finished is kept, and the same command goes on from there")

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['LR', 'step', 'imagenet', 'Schedule', 'sgd', 'default_device', 'default_dtype', 'prepare', 'loss_func', 'learner',
-           'top5', 'Epochs', 'Still', 'Run', 'save_state', 'load_state', 'Journal', 'machine', 'fit', 'finish']
+           'top5', 'Epochs', 'Still', 'Run', 'random_states', 'set_random_states', 'save_state', 'load_state',
+           'Journal', 'machine', 'fit', 'finish']
 
 # %% ../nbs/04_train.ipynb #e95824b2
-import hashlib, json, math, os, platform, time, warnings
+import hashlib, json, math, os, platform, random, time, warnings
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
@@ -124,27 +126,44 @@ class Run(Learner):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
-# %% ../nbs/04_train.ipynb #4d5fe91a
-def _digest(tensors):
-    h = hashlib.sha256()
-    for n in sorted(tensors): h.update(n.encode()); h.update(tensors[n].numpy().tobytes())
-    return h.hexdigest()
+# %% ../nbs/04_train.ipynb #9360be15
+def random_states() -> dict:   # JSON values
+    "The states of all generators that libraries share."
+    kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return dict(python=random.getstate(), numpy=[kind, keys.tolist(), *rest], torch=torch.get_rng_state().tolist(),
+                cuda=[s.tolist() for s in cuda])
 
-def save_state(learn:Learner, path:Path, epochs:int):   # epochs that are done
-    "Write what training needs to go on after `epochs` epochs."
+def set_random_states(states:dict):   # as `random_states` gave them
+    "Put the generators back to where they were."
+    as_bytes = lambda s: torch.tensor(s, dtype=torch.uint8)
+    random.setstate(tuple(tuple(o) if isinstance(o, list) else o for o in states["python"]))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(as_bytes(states["torch"]))
+    if torch.cuda.is_available(): torch.cuda.set_rng_state_all([as_bytes(s) for s in states["cuda"][:torch.cuda.device_count()]])
+
+# %% ../nbs/04_train.ipynb #4d5fe91a
+def _digest(tensors, told):
+    h = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for n in sorted(tensors): h.update(f"{n} {tensors[n].dtype} {tuple(tensors[n].shape)}".encode()); h.update(_bytes(tensors[n]))
+    return h.hexdigest()
+def _bytes(t): return t.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+def save_state(learn:Learner, path:Path, rows:list):   # the metrics of the epochs that are done
+    "Write what training needs to go on."
     momenta = {n: learn.opt.opt.state[p].get("momentum_buffer") for n,p in trainable(learn.model).items()}
     tensors = ({f"moved/{n}": t for n,t in moved(learn.model).items()}
                | {f"momentum/{n}": t for n,t in momenta.items() if t is not None})
     tensors = {n: t.detach().cpu().contiguous() for n,t in tensors.items()}
-    write(path, safetensors.torch.save(tensors, dict(epochs=str(epochs), digest=_digest(tensors))))
+    told = dict(rows=json.dumps(rows), random=json.dumps(random_states()))
+    write(path, safetensors.torch.save(tensors, told | dict(digest=_digest(tensors, told))))
 
 # %% ../nbs/04_train.ipynb #19ddb533
-def load_state(learn:Learner, path:Path) -> int:   # epochs that are done
+def load_state(learn:Learner, path:Path) -> list:   # the metrics of the epochs that are done
     "Put a saved state back; `ValueError` where the file is not as it was written."
     try:
-        with safetensors.safe_open(path, "pt") as f:
-            meta, tensors = f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}
-        if meta["digest"] != _digest(tensors): raise ValueError
+        with safetensors.safe_open(path, "pt") as f: told, tensors = f.metadata(), {n: f.get_tensor(n) for n in f.keys()}
+        if told.pop("digest") != _digest(tensors, told): raise ValueError
     except Exception as e:
         raise ValueError(f"{path} is damaged; delete it to start the run anew.") from e
     part = lambda kind: {n.partition("/")[2]: t for n,t in tensors.items() if n.startswith(kind)}
@@ -152,7 +171,8 @@ def load_state(learn:Learner, path:Path) -> int:   # epochs that are done
     for n,t in part("momentum/").items():
         p = learn.model.get_parameter(n)
         learn.opt.opt.state[p]["momentum_buffer"] = t.to(p.device).clone(memory_format=torch.preserve_format)
-    return int(meta["epochs"])
+    set_random_states(json.loads(told["random"]))
+    return json.loads(told["rows"])
 
 # %% ../nbs/04_train.ipynb #3413971e
 class Journal(Callback):
@@ -165,8 +185,8 @@ class Journal(Callback):
     def before_fit(self):
         self.start = self.said = time.monotonic()
         if not self.state.exists(): return
-        self.learn.first_epoch = load_state(self.learn, self.state)
-        self.rows = pd.read_csv(self.table).to_dict("records")[:self.learn.first_epoch]
+        self.rows = load_state(self.learn, self.state)
+        self.learn.first_epoch = len(self.rows)
         self.start -= sum(r["seconds"] for r in self.rows)
 
     def before_epoch(self): self.began, self.total, self.seen = time.monotonic(), 0., 0
@@ -185,7 +205,7 @@ def after_epoch(self:Journal):
     write(self.table, pd.DataFrame(self.rows).to_csv(index=False))
     self.diverged = not math.isfinite(row["train_loss"] + row["loss"])
     if self.diverged: raise CancelFitException
-    if self.epoch+1 < self.n_epoch: save_state(self.learn, self.state, self.epoch+1)
+    if self.epoch+1 < self.n_epoch: save_state(self.learn, self.state, self.rows)
     self.report(row)
 
 @patch

@@ -1,0 +1,59 @@
+"Kill a run at random instants and compare what it ends with: python tests/survival.py [KILLS] writes runs/bench/survival.json."
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"   # a forked process must not inherit threads
+from bnonly.experiment import Spec, load_record, run_dir, write
+from bnonly.train import fit, machine
+
+SPEC = Spec(arch="resnet8", epochs=6)
+
+
+def start(spec, study):
+    "The run in a process of its own, with everything imported."
+    process = multiprocessing.get_context("fork").Process(target=fit, args=(spec, study))
+    process.start()
+    return process
+
+
+def outcome(spec, study):
+    "What two runs have to agree on: all metrics but the time, and the digest of the weights."
+    rows = (run_dir(spec, study) / "metrics.csv").read_text().splitlines()
+    return [r.rpartition(",")[0] for r in rows], load_record(run_dir(spec, study), deep=True)["files"]["moved.safetensors"]
+
+
+def survive(kills, spec=SPEC, seed=0):
+    "Kill a run at random instants between its start and its end, and let it go on; one row a kill."
+    draw, whole, rows = random.Random(seed), tempfile.mkdtemp(), []
+    start(spec, whole).join()
+    begun = time.monotonic()
+    start(spec, tempfile.mkdtemp()).join()
+    seconds = time.monotonic() - begun
+    while len(rows) < kills:
+        study, at = tempfile.mkdtemp(), draw.uniform(0, seconds)
+        process = start(spec, study)
+        process.join(at)
+        process.kill()
+        process.join()
+        if process.exitcode != -signal.SIGKILL: continue   # it was faster than the first and had ended
+        table = run_dir(spec, study) / "metrics.csv"
+        epochs = table.read_text().count("\n") - 1 if table.exists() else 0
+        start(spec, study).join()
+        rows.append(dict(share=round(at / seconds, 3), epochs=epochs, equal=outcome(spec, study) == outcome(spec, whole)))
+    return rows
+
+
+if __name__ == "__main__":
+    import torch
+    torch.set_num_threads(1)
+    rows = survive(int((sys.argv + ["50"])[1]))
+    told = dict(run=SPEC.key, kills=len(rows), equal=sum(r["equal"] for r in rows), machine=machine(torch.device("cpu")), rows=rows)
+    file = write(Path(__file__).parents[1] / "runs/bench/survival.json", json.dumps(told, indent=1) + "\n")
+    print(f"{told['equal']} of {told['kills']} killed runs ended as if they had not been killed: {file}")

@@ -1,0 +1,149 @@
+"Many runs, in spite of everything."
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bnonly.experiment import Spec, load_record, results, run_dir
+from bnonly.sweep import Claim, claims, failure, missing, retry, state, sweep
+from bnonly.train import fit
+from fastai.callback.core import Callback
+
+ROOT = Path(__file__).parents[1]
+TINY = Spec(arch="resnet8", epochs=2)
+quiet = lambda _: None
+
+
+class Stop(Callback):
+    "Stop as a user would, after the first epoch."
+    order = 70
+    def after_epoch(self): raise KeyboardInterrupt
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been_killed():
+    "In a process of its own, which forks: three random instants here, fifty with tests/survival.py."
+    code = "import torch; torch.set_num_threads(1); from survival import survive; assert all(r['equal'] for r in survive(3, seed=1))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT / "tests", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_two_sweeps_at_once_train_each_run_once(tmp_path):
+    "Both end when every run is there; what each has trained is written down by the run itself."
+    code = """
+import os, sys
+from bnonly.experiment import Spec
+from bnonly.sweep import sweep
+def after(spec, study):
+    with open(sys.argv[1], "a") as f: f.write(spec.key + "\\n")
+specs = [Spec(arch="resnet8", epochs=1, seed=s) for s in range(6)]
+assert not sweep("both", specs, workers=1, say=lambda _: None, after=after, pause=.2)
+"""
+    log = tmp_path / "log"
+    both = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(log)]) for _ in range(2)]
+    assert [p.wait(300) for p in both] == [0, 0]
+    assert sorted(log.read_text().split()) == sorted(Spec(arch="resnet8", epochs=1, seed=s).key for s in range(6))
+    assert len(results("both")) == 6 and not list(run_dir(TINY, "both").parent.glob("*/claim-*"))
+
+
+def test_a_full_disk_is_named_and_keeps_the_last_good_state(monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        fit(TINY, cbs=[Stop()])
+    file = run_dir(TINY) / "checkpoint.safetensors"
+    before = file.read_bytes()
+
+    def full(_): raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(os, "fsync", full)
+        failed = sweep("scratch", [TINY], workers=1, say=quiet)
+    assert "No space left on device); free space or set BNONLY_RUNS" in failed[TINY.key]
+    assert file.read_bytes() == before and not list(file.parent.glob(".*"))
+    assert state(TINY, "scratch") == "missing"   # the disk had no room for failed.json either
+    assert sweep("scratch", [TINY], workers=1, say=quiet) == {}
+
+
+def test_a_folder_that_cannot_be_written_is_named(monkeypatch):
+    monkeypatch.setenv("BNONLY_RUNS", "/proc/runs")
+    failed = sweep("scratch", [TINY], workers=1, say=quiet)
+    assert "/proc/runs" in failed[TINY.key]
+
+
+def test_a_record_cut_short_is_named_and_left_alone():
+    fit(TINY)
+    file = run_dir(TINY) / "record.json"
+    file.write_text(file.read_text()[:100])
+    other = Spec(arch="resnet8", epochs=1)
+    failed = sweep("scratch", [TINY, other], workers=1, say=quiet)
+    assert "cut off or edited" in failed[TINY.key] and list(failed) == [TINY.key]
+    assert len(file.read_text()) == 100 and state(other, "scratch") == "complete"
+
+
+def test_every_flipped_byte_of_a_checkpoint_is_noticed():
+    "One byte in the header, the metrics, the random states and the numbers."
+    with pytest.raises(KeyboardInterrupt):
+        fit(TINY, cbs=[Stop()])
+    file = run_dir(TINY) / "checkpoint.safetensors"
+    good = file.read_bytes()
+    for at in (0, 9, good.index(b"accuracy") + 12, good.index(b"numpy") + 40, len(good) * 3 // 4, len(good) - 1):
+        bad = bytearray(good)
+        bad[at] ^= 1
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match="checkpoint.safetensors is damaged; delete it"):
+            fit(TINY)
+    file.write_bytes(good)
+    assert fit(TINY)["status"] == "complete"
+
+
+def test_what_failed_or_diverged_is_taken_up_again():
+    wild = Spec(arch="resnet8", epochs=2, lr=1000., policy="all")
+    file = run_dir(TINY) / "checkpoint.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_text("nonsense")
+    assert list(sweep("scratch", [TINY, wild], workers=1, say=quiet)) == [TINY.key]
+    assert (state(TINY, "scratch"), state(wild, "scratch")) == ("failed", "diverged")
+    assert "Traceback" in failure(TINY, "scratch") and results().status.tolist() == ["diverged"]
+    assert missing("scratch", [TINY, wild]) == []
+    file.unlink()
+    for spec in (TINY, wild): retry(spec, "scratch")
+    assert missing("scratch", [TINY, wild]) == [TINY, wild]
+    assert sweep("scratch", [TINY, wild], workers=1, say=quiet) == {}
+    assert (run_dir(wild) / "diverged.json").exists() and load_record(run_dir(TINY))["status"] == "complete"
+
+
+def test_a_claim_that_was_lost_is_not_released_for_its_new_owner(tmp_path):
+    first, second = Claim(tmp_path), Claim(tmp_path)
+    assert first.take()
+    os.utime(first.file, (0, 0))
+    first.file.write_text('{"host": "elsewhere", "pid": 1}')
+    os.utime(first.file, (0, 0))
+    assert second.take()
+    first.release()
+    assert claims(tmp_path) == [second.file]
+    second.release()
+
+
+def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, monkeypatch):
+    "Two nodes; one is killed as soon as the first run is there."
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    from ray.cluster_utils import Cluster
+    from bnonly.sweep import by_ray
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+    node, log = cluster.add_node(num_cpus=1), tmp_path / "log"
+    ray.init(address=cluster.address, log_to_driver=False)
+
+    def after(spec, study):
+        with open(log, "a") as f: f.write(f"{spec.key} {ray.get_runtime_context().get_node_id()}\n")
+
+    def run(todo, workers, task):
+        for i, result in enumerate(by_ray(todo, workers, task)):
+            if i == 0: cluster.remove_node(node, allow_graceful=False)
+            yield result
+    specs = [Spec(arch="resnet8", epochs=2, seed=s) for s in range(6)]
+    try: assert sweep("cluster", specs, after=after, say=quiet, run=run, pause=1) == {}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert sorted(l.split()[0] for l in log.read_text().splitlines()) == sorted(s.key for s in specs)
+    assert len(results("cluster")) == 6 and set(results("cluster").status) == {"complete"}
