@@ -198,6 +198,8 @@ class Journal(Callback):
 # %% ../nbs/04_train.ipynb #20a9bbfc
 @patch
 def after_epoch(self:Journal):
+    if (self.folder/"record.json").exists():
+        raise RuntimeError(f"{self.folder} was finished by another process while this one trained it; its record stands.")
     test, acc, five = self.recorder.values[-1][-3:]
     row = dict(epoch=self.epoch+1, lr=self.opt.hypers[-1]["lr"], train_loss=float(self.total)/self.seen, loss=test,
                accuracy=100*acc, top5=100*five, seconds=time.monotonic()-self.began)

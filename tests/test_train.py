@@ -180,3 +180,14 @@ def test_a_run_that_a_callback_ends_early_has_no_record():
     with pytest.raises(RuntimeError, match="ended after 1 of 2 epochs"):
         fit(TINY, cbs=[Early()])
     assert len(results()) == 0 and fit(TINY)["final"]["epoch"] == 2
+
+
+def test_a_record_that_appears_while_one_trains_is_left_alone():
+    "Two processes on one run: the second to finish must not touch what the first has sealed."
+    class Other(Callback):
+        order = 70
+        def after_epoch(self):
+            if self.epoch == 0: (run_dir(TINY) / "record.json").write_text("sealed by another")
+    with pytest.raises(RuntimeError, match="finished by another process"):
+        fit(TINY, cbs=[Other()])
+    assert (run_dir(TINY) / "record.json").read_text() == "sealed by another"
