@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL', 'BN', 'FIGURE2', 'CIFAR', 'FOUR', 'DISABLED', 'NARROW',
-           'LAYOUTS', 'PAPER', 'STAR', 'GROWING', 'ONLY_BN', 'WIDTHS', 'family', 'panels', 'plain', 'convolutions',
-           'sizes', 'specifications', 'table1', 'tableC1', 'save', 'draw_table', 'save_table', 'Line', 'Layout',
-           'points', 'lacking', 'gaps', 'papers', 'starred', 'accuracy_panel', 'note', 'in_words', 'empty',
+           'LAYOUTS', 'PAPER', 'STAR', 'GROWING', 'ONLY_BN', 'WIDTHS', 'SEEDS', 'family', 'panels', 'plain',
+           'convolutions', 'sizes', 'specifications', 'table1', 'tableC1', 'save', 'draw_table', 'save_table', 'Line',
+           'Layout', 'points', 'lacking', 'gaps', 'papers', 'starred', 'accuracy_panel', 'note', 'in_words', 'empty',
            'accuracy_figure', 'Fit', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs', 'fig10',
            'verdict', 'ordering']
 
@@ -478,11 +478,13 @@ def verdict(above, below) -> str:   # rows of `summary`
     if np.isnan(spread): return "one seed only"
     return "holds" if gap > spread else "reversed" if -gap > spread else "not told apart"
 
+SEEDS = 3   # fewer say little about a spread
+
 def ordering(table:pd.DataFrame   # as `results` gives it
             ) -> pd.DataFrame:    # one row a comparison
     "The four comparisons of Figure 2, network by network."
     stats = panels(summary(table[table.bn_init == "uniform"])).sort_values("at")
-    rows = []
+    stats, rows = stats[stats.n >= min(SEEDS, stats.n.max())], []
     for _,own in stats.groupby("panel", sort=False):
         get = {(r["arch"], r["policy"]): r for r in own.to_dict("records")}
         archs = list(dict.fromkeys(own.arch))

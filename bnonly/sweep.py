@@ -9,7 +9,7 @@ __all__ = ['BEAT', 'STALE', 'ENGINES', 'TRAINING', 'FAMILIES', 'state', 'failure
            'core_hours', 'price']
 
 # %% ../nbs/05_sweep.ipynb #7cf72e83
-import _thread, json, os, platform, sys, tempfile, threading, time, traceback
+import _thread, json, os, platform, sys, tempfile, threading, time, traceback, warnings
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -189,6 +189,7 @@ def own_cores() -> int:
 def by_joblib(todo:list, workers:int, task) -> iter:   # task: from a spec to what `train_one` returns
     "Results of a task over specs, as they come, from processes of this machine."
     from joblib import Parallel, delayed
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs")   # loky renews a worker whose memory grows, as ours shall
     return Parallel(min(workers, len(todo)), return_as="generator_unordered")(delayed(task)(s) for s in todo)
 
 # %% ../nbs/05_sweep.ipynb #ecdec12d
