@@ -317,9 +317,10 @@ def per_image(spec:Spec, measured:pd.DataFrame) -> float:   # milliseconds of on
     if arch.family == "imagenet":
         like = "resnet18" if arch.depth < 50 else "resnet50"
         return ms["bn", spec.arch] * ms[policy, like] / ms["bn", like]
-    by, other = ("width", "depth") if arch.width > 1 else ("depth", "width")
-    known = measured[(measured.family == arch.family) & (measured.policy == policy) & (measured[other] == getattr(arch, other))]
-    return np.polyval(np.polyfit(known[by], known.milliseconds_per_image, 1 if by == "depth" else 2), getattr(arch, by))
+    by, other, at = ("width", "depth", arch.depth) if arch.width > 1 else ("depth", "width", 1)
+    known = measured[(measured.family == arch.family) & (measured.policy == policy) & (measured[other] == at)]
+    fit = np.polyfit(known[by], known.milliseconds_per_image, 1 if by == "depth" else 2)
+    return np.polyval(fit, getattr(arch, by)) * min(1, arch.width)   # a width below 1: in proportion to the activations
 
 # %% ../nbs/05_sweep.ipynb #19b3156f
 TRAINING = dict(digits=1437, cifar10=50_000, imagenet=1_281_167)   # images an epoch
