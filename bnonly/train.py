@@ -132,7 +132,7 @@ class Still(Callback):
 
 class Run(Learner):
     "A Learner that can go on from a later epoch."
-    first_epoch, rows = 0, ()   # the metrics of the epochs before it
+    first_epoch, past = 0, ()   # and the metrics of the epochs before it
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
@@ -166,7 +166,7 @@ class Patience(EarlyStoppingCallback):
     "fastai's early stopping, which remembers the epochs of a run that goes on."
     def before_fit(self):
         super().before_fit()
-        for loss in (r[self.monitor] for r in self.learn.rows):
+        for loss in (r[self.monitor] for r in self.learn.past):
             if loss < self.best: self.best, self.wait = loss, 0
             else: self.wait += 1
         if self.over: raise CancelFitException   # cut off after its last epoch
@@ -236,7 +236,8 @@ class Journal(Callback):
     def before_fit(self):
         self.start = self.said = time.monotonic()
         if not self.state.exists(): return
-        self.rows = self.learn.rows = load_state(self.learn, self.state)
+        self.rows = load_state(self.learn, self.state)
+        self.learn.past = tuple(self.rows)
         self.learn.first_epoch = len(self.rows)
         self.start -= sum(r["seconds"] for r in self.rows)
 
