@@ -31,6 +31,7 @@ def family(arch:str          # e.g. 'resnet56'
           ) -> list[tuple]:  # of (panel, position on its axis, tick label)
     "The panels a network belongs to, and where it stands there."
     name, depth, width = parse_arch(arch)
+    if name in ("mlp", "lenet"): return []   # of another study
     if name == "vgg": return [("VGG", depth, f"{depth}")]
     if name == "imagenet": return [("ImageNet ResNet", depth, f"{depth}")]
     deep, wide = ("ResNet", depth, f"{depth}"), ("WRN", width, f"{depth}-{width:g}")

@@ -59,6 +59,8 @@ class Data:
     def num_classes(self): return len(self.classes)
     @property
     def in_channels(self): return len(self.mean)
+    @property
+    def size(self): return self.train.x.shape[1] if isinstance(self.train, Images) else 224   # pixels, height and width
     def to(self, device): return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 # %% ../nbs/01_data.ipynb #77b3f7da

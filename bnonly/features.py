@@ -32,7 +32,7 @@ def restore(spec:Spec,               # of a run that is complete
     folder = run_dir(spec, study)
     record = load_record(folder, deep=True)
     if record is None: raise FileNotFoundError(f"{folder} holds no finished run; train it with fit({spec}, {study!r}).")
-    model = create_model(spec.arch, **record["shape"], init=spec.init, bn_init=spec.bn_init, seed=spec.seed)
+    model = create_model(spec.arch, **record["shape"], init=spec.init, bn_init=spec.bn_init, seed=spec.seed, norm=spec.norm)
     model = load_moved(freeze(model, spec.policy, spec.seed), safetensors.torch.load_file(folder/"moved.safetensors"))
     return prepare(model, torch.device(device or "cpu"), getattr(torch, record["dtype"])).eval()
 
@@ -51,8 +51,8 @@ def norms(model) -> dict:   # module to the number of its role
 def affine(model) -> dict:   # layer (int16), role (int8), gamma and beta (float32), each [channels of the network]
     "Gamma and beta of every channel, and where it stands."
     found = norms(model)
-    flat = lambda ts: np.concatenate([t.detach().float().cpu().numpy() for t in ts])
-    spread = lambda values, kind: np.repeat(np.array(list(values), kind), [m.num_features for m in found])
+    flat = lambda ts: np.concatenate([np.zeros(0, np.float32), *(t.detach().float().cpu().numpy() for t in ts)])
+    spread = lambda values, kind: np.repeat(np.array(list(values), kind), np.array([m.num_features for m in found], int))
     return dict(layer=spread(range(len(found)), np.int16), role=spread(found.values(), np.int8),
                 gamma=flat(m.weight for m in found), beta=flat(m.bias for m in found))
 
@@ -71,8 +71,8 @@ class Zeros:
     def rates(self) -> np.ndarray:   # float32 [channels of the network], NaN where there is no ReLU
         "Pr[activation = 0] of each channel; the hooks are taken off."
         for h in self.hooks: h.remove()
-        return np.concatenate([(self.zeros[m].cpu().numpy()/self.seen[m] if self.seen[m] else np.full(m.num_features, np.nan))
-                               for m in self.zeros]).astype(np.float32)
+        return np.concatenate([np.zeros(0), *((self.zeros[m].cpu().numpy()/self.seen[m] if self.seen[m] else np.full(m.num_features, np.nan))
+                               for m in self.zeros)]).astype(np.float32)
 
 # %% ../nbs/06_features.ipynb #d08aef67
 def correct(model,    # in evaluation mode
@@ -99,7 +99,7 @@ def clamping(model,       # is left clamped at the largest threshold
             ) -> dict:    # threshold (float32), clamped (int32), correct (int32), each [thresholds]
     "How many gammas are below each threshold, and how many images are named rightly without them."
     size, done, rows = np.abs(affine(model)["gamma"]), 0, []
-    levels = np.unique(np.float32([0, *THRESHOLDS, *np.quantile(size, SHARES)]))
+    levels = np.unique(np.float32([0, *THRESHOLDS, *(np.quantile(size, SHARES) if len(size) else ())]))
     for t in map(float, levels):
         reached = ((size < t) & (size > 0)).sum()
         if reached > done: done, hits = reached, correct(clamp(model, t), batches)

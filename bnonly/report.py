@@ -17,11 +17,14 @@ from pathlib import Path
 from .experiment import Spec, choose, parse_arch, preset, presets, records, results, root, runs_dir, summary, write
 
 # %% ../nbs/15_report.ipynb #09c4317e
-DRAWING = "07_accuracy", "08_affine", "09_activations"   # the notebooks that draw, in reading order
+_FRANKLE = {"cifar", "imagenet", "vgg"}
+DRAWING = {"07_accuracy": _FRANKLE, "08_affine": _FRANKLE, "09_activations": _FRANKLE,   # the notebooks that draw, in reading
+           "10_mlp": {"mlp", "lenet"}}                                                   # order, and the families they draw
 
-def drawing() -> list[str]:
-    "Those of them that exist."
-    return [n for n in DRAWING if (root()/"nbs"/f"{n}.ipynb").exists()]
+def drawing(study:str) -> list[str]:
+    "Those of them that exist and have something to draw in a study."
+    planned = {parse_arch(s.arch).family for s in preset(study)}
+    return [n for n,families in DRAWING.items() if families & planned and (root()/"nbs"/f"{n}.ipynb").exists()]
 
 def execute(notebook:str,   # e.g. '07_accuracy'
             study:str       # its parameter
@@ -113,7 +116,10 @@ def caption(name:str,        # of a figure
     told = [instead.get(f) or f"no run in place of {THE_PAPERS[f]}" for f in families.split()]
     return f"{what} (the paper's Figure {int(name[3:])}). Mean ± one standard deviation over n seeds. Here: {'; '.join(told)}."
 
-BESIDES = {"fig_decay": "Is the spike of gamma at zero learned, or is it weight decay? BatchNorm only, by the decay of gamma and beta (not in the paper)."}
+BESIDES = {**{f"fig_mlp{i}": f"MLPs of {w} units a layer, by depth and by what trains (Henriksboe's Figure {i})." for i,w in enumerate((10, 100, 784), 1)},
+           "fig_mlp_width": "MLPs by the width of their layers, BatchNorm only (not in Henriksboe's report).",
+           **{f"fig_mlp_affine{w}": f"MLPs of {w} units a layer with gamma and beta but without normalization (Henriksboe's open question)." for w in (100, 784)},
+           "fig_decay": "Is the spike of gamma at zero learned, or is it weight decay? BatchNorm only, by the decay of gamma and beta (not in the paper)."}
 
 def figures_html(study:str, table) -> str:
     "All figures that a study has, in the paper's order, and its two tables."
@@ -178,7 +184,7 @@ def overview(study:str) -> str:   # HTML
     from bnonly.affine import in_numbers
     from bnonly.features import channels
     table, plan, sealed = results(study), preset(study), records(study)
-    links = " · ".join(f"<a href='{n}.html'>{n}</a>" for n in drawing())
+    links = " · ".join(f"<a href='{n}.html'>{n}</a>" for n in drawing(study))
     hosts = sorted({f"{r['machine']['device']} ({r['machine']['processor']}, {r['dtype']})" for r in sealed})
     shown = table.drop(columns=["study", "folder"]).sort_values(["arch", "policy", "seed"], key=lambda c: c.map(parse_arch) if c.name == "arch" else c)
     shown = shown[[c for c in shown if shown[c].nunique() > 1 or c in ("arch", "policy", "seed", "data", "status", "epochs")]]
@@ -211,9 +217,10 @@ def figures(study:str,     # a section of settings.ini
     "Draw every figure of a study: execute the notebooks that draw."
     from bnonly.features import analyse_study
     choose("study", study, presets())
-    analyse_study(study, say)
-    for i,name in enumerate(drawing(), 1):
-        say(f"{study}: executing {name} ({i} of {len(drawing())} notebooks)")
+    names = drawing(study)
+    if {"08_affine", "09_activations"} & set(names): analyse_study(study, say)
+    for i,name in enumerate(names, 1):
+        say(f"{study}: executing {name} ({i} of {len(names)} notebooks)")
         write(runs_dir()/study/"report"/f"{name}.html", as_page(execute(name, study)))
     return runs_dir()/study/"figures"
 
