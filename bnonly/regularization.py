@@ -101,8 +101,8 @@ PAPER = {("imagenet", "BatchNorm"): "76.0 ± 0.0", ("imagenet", "one BatchNorm")
          ("efficientnet", "BatchNorm + embedding L2"): "0.9 above BatchNorm", ("efficientnet", "BatchNorm + functional L2"): "0.9 above BatchNorm",
          ("efficientnet", "BatchNorm + Dropout"): "0.9 above BatchNorm"}
 
-TABLES = {"table1": ("wide", "WRN-28-10 on CIFAR-10 and SVHN"), "table2": ("imagenet", "ResNet-50 on ImageNet"),
-          "table4": ("efficientnet", "EfficientNet-B8 on ImageNet")}
+TABLES = {"table_wide": ("wide", "WRN-28-10 on CIFAR-10 and SVHN"), "table_resnet50": ("imagenet", "ResNet-50 on ImageNet"),
+          "table_efficientnet": ("efficientnet", "EfficientNet-B8 on ImageNet")}
 
 def cases(plan:list, table:pd.DataFrame, family:str) -> pd.DataFrame:   # one row a case that is planned or was run
     "What a table has lines for."
@@ -113,7 +113,7 @@ def cases(plan:list, table:pd.DataFrame, family:str) -> pd.DataFrame:   # one ro
 # %% ../nbs/11_regularization.ipynb #9433015b
 def accuracies(plan:list,              # of specs, as `preset` gives it
                table:pd.DataFrame,     # as `results` gives it
-               name:str                # 'table1', 'table2' or 'table4'
+               name:str                # a key of TABLES
               ) -> pd.DataFrame:       # one line a case
     "Test accuracy of every method, measured or not, beside what the text says (the paper's Tables 1, 2 and 4)."
     family, rows = TABLES[name][0], []
@@ -123,7 +123,7 @@ def accuracies(plan:list,              # of specs, as `preset` gives it
         show = lambda v: shown(own[v].mean(), own[v].std(), own[v].count()) if v in own else "not measured"
         rows.append({"Data": own.images.iloc[0] if len(own) else c["data"], "Network": c["arch"], "Epochs": c["epochs"], "lr": f"{c['lr']:g}",
                      "Method": c["method"], "Strength": f"{c['strength']:g}" if c["strength"] else "", "Accuracy (%)": show("accuracy"),
-                     **({"CIFAR-10-C (%)": show("robustness")} if name == "table1" and "robustness" in own else {}),
+                     **({"CIFAR-10-C (%)": show("robustness")} if family == "wide" and "robustness" in own else {}),
                      "The text": PAPER.get((family if family == "efficientnet" else c["data"], c["method"]), "")})
     return pd.DataFrame(rows)
 
