@@ -1,15 +1,14 @@
-# Two commands: `make study` trains the demo and writes its report, `make test` checks everything.
+# Two commands: `make study` trains the two demos and writes their reports, `make test` checks everything.
 # Both build .venv when it is missing or older than the pins.
 
 PYTHON ?= python3
-STUDY  ?= demo
+STUDY  ?= demo regularization-demo
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: study test clean
 
 study: .venv/installed
-	@bnonly study $(STUDY)
-	@bnonly report $(STUDY)
+	@for s in $(STUDY); do bnonly study $$s && bnonly report $$s || exit 1; done
 
 test: .venv/installed
 	pytest -q

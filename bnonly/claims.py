@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MLPS', 'FAMILIES', 'PANELS', 'COUNTS', 'ACCURACIES', 'OUTPUT', 'DEPTH_WIDTH', 'RANDOM', 'SHALLOWER', 'GAMMA', 'SMALL',
-           'SILENT', 'APPENDIX_C', 'INITIALIZATIONS', 'SHORTCUTS', 'HENRIKSBOE', 'CLAIMS', 'SCALE', 'per_run', 'gather',
-           'Select', 'select', 'Point', 'points_of', 'decay', 'Item', 'agrees', 'Claim', 'level', 'best', 'gap',
-           'above', 'rising', 'fitted', 'count', 'small_networks', 'by_depth', 'larger', 'verdict', 'needs', 'ledger',
-           'tally', 'keep']
+           'SILENT', 'APPENDIX_C', 'INITIALIZATIONS', 'SHORTCUTS', 'HENRIKSBOE', 'CLAIMS', 'WHERE', 'FIXUP', 'EL2',
+           'FL2', 'STANDARD', 'ONE', 'BOTH', 'REGULARIZATION', 'SCALE', 'per_run', 'gather', 'Select', 'select',
+           'Point', 'points_of', 'decay', 'Item', 'agrees', 'Claim', 'level', 'best', 'gap', 'above', 'rising',
+           'fitted', 'count', 'small_networks', 'by_depth', 'larger', 'cases_of', 'told', 'stronger', 'recovered',
+           'computed', 'claims_of', 'verdict', 'needs', 'ledger', 'tally', 'keep']
 
 # %% ../nbs/12_claims.ipynb #3a177791
 from collections.abc import Callable, Iterable
@@ -18,9 +19,10 @@ import pandas as pd
 
 # %% ../nbs/12_claims.ipynb #a5d7fe64
 import bnonly.features as features
-from .accuracy import DEEP, IMAGENET, VGG, WIDE, budgets, doubling, family, growth, panels, plain, sizes, small_runs
+from .accuracy import DEEP, IMAGENET, VGG, WIDE, budgets, convolutions, doubling, family, growth, panels, plain, sizes, small_runs
 from .experiment import NORMS, Spec, parse_arch, parse_policy, results, runs_dir, write
 from .mlp import mlps
+from .regularization import at_start, methods, robust
 
 # %% ../nbs/12_claims.ipynb #ca7a5aa6
 def _of_channels(own:pd.DataFrame) -> dict:
@@ -43,13 +45,14 @@ def per_run(table:pd.DataFrame,       # as `results` gives it
     for t,name in ((.01, "clamp01"), (.05, "clamp05")):
         own = clamped[np.isclose(clamped.threshold.astype(float), t)] if clamped is not None and len(clamped) else []
         if len(own): found = found.merge(own[[*by, "change"]].rename(columns=dict(change=name)), how="left", on=by)
+    if "dropped" in found: found = found.assign(drop=found.accuracy - found.dropped)
     return found.assign(failed=100.*((found.status != "complete") | (found.accuracy < 20)))
 
 # %% ../nbs/12_claims.ipynb #2d42b163
 def gather(study:str) -> pd.DataFrame:
     "The table that a study's claims are measured on."
     clamped = features.clamped(study)
-    return per_run(results(study), features.channels(study), clamped)
+    return per_run(robust(results(study)), features.channels(study), clamped)
 
 # %% ../nbs/12_claims.ipynb #8b0b4649
 MLPS = dict(mlp10=mlps(10), mlp100=mlps(100), mlp784=mlps(784), mlps=mlps(10, 100, 784), mlp784deep=mlps(784)[1:])
@@ -90,7 +93,7 @@ def points_of(runs:pd.DataFrame, words:str, column:str="accuracy") -> dict:   # 
     "The mean of a column over seeds, for each selected network that has it."
     s = select(words)
     if column not in runs or not len(runs): return {}
-    own = runs[(runs.policy == s.policy) & (runs.bn_init == s.bn_init) & (runs.init == s.init) & (runs.norm == s.norm)]
+    own = runs[(runs.policy == s.policy) & (runs.bn_init == s.bn_init) & (runs.init == s.init) & (runs.norm == s.norm) & (runs.act == Spec.act)]
     own = own[own.weight_decay == own.arch.map(decay)]
     if column != "failed": own = own[own.status == "complete"]
     panel = PANELS.get(s.which, ())
@@ -142,6 +145,7 @@ class Claim(NamedTuple):
     ordering: bool = False
     exact: bool = False        # a count, which needs no run
     single: float = 2.         # the margin where there is one seed, and the most a spread can give
+    on: tuple = ()             # network, images and epochs it speaks of, where its selections do not say so
 
 def _item(name, a, b=None):
     if b is None: return Item(name, a.value, a.sd/a.n**.5, a.sd, a.n, (a,))
@@ -473,18 +477,139 @@ HENRIKSBOE = [
 # %% ../nbs/12_claims.ipynb #31e11f75
 CLAIMS = [*ACCURACIES, *OUTPUT, *DEPTH_WIDTH, *RANDOM, *GAMMA, *SMALL, *SILENT, *APPENDIX_C, *INITIALIZATIONS, *SHORTCUTS, *COUNTS, *HENRIKSBOE]
 
+# %% ../nbs/12_claims.ipynb #5980b4c8
+WHERE = {"cifar10": ("wrn28-10", "CIFAR-10", 200), "svhn": ("wrn28-10", "SVHN", 200), "imagenet": ("resnet50", "ImageNet", 90),
+         "b8": ("efficientnet-b8", "ImageNet", 350)}   # name to network, images and epochs of the paper
+
+def cases_of(runs:pd.DataFrame, where:str, name:str,   # a key of WHERE, a method
+             column="accuracy", stand_in=True, **only) -> dict:   # network to Point
+    "The mean of a column over seeds, at the strength and learning rate with the best accuracy."
+    if not len(runs) or column not in runs: return {}
+    family = parse_arch(WHERE[where][0]).family
+    own = methods(runs[(runs.status == "complete") & (runs.arch.map(lambda a: parse_arch(a).family) == family)])
+    exact = own[own.data == ("imagenet" if where == "b8" else where)]
+    own = exact if len(exact) or not stand_in else own[own.data == "digits"]
+    own = own[(own.method == name) & own[column].notna()]
+    for k,v in only.items(): own = own[own[k] == v]
+    found = {}
+    for arch,part in own.groupby("arch"):
+        best = max((g for _,g in part.groupby(["lr", "strength", "epochs", "images"])), key=lambda g: g.accuracy.mean())
+        found[arch] = Point(arch, best[column].mean(), best[column].std(), len(best), best.images.iloc[0], best.epochs.iloc[0])
+    return found
+
+# %% ../nbs/12_claims.ipynb #b7c602f8
+def told(id, place, words, where, one, two=None, number=None, column="accuracy", tolerance=.5, shown=None):
+    "A level of one method, how far it is above another, or (without a number) that it is above."
+    def measure(runs):
+        a, b = cases_of(runs, where, one, column, two is not None), cases_of(runs, where, two, column) if two else {}
+        return [_item(k, a[k], b[k]) if two else _item(k, a[k]) for k in a if not two or k in b]
+    low, high = (0, np.inf) if number is None else _ends(number)
+    return Claim(id, f"Dauphin and Cubuk, {place}", words, shown or ("above" if number is None else _shown(number)), low, high, measure,
+                 tuple(o for o in (one, two) if o), tolerance, ordering=number is None, on=WHERE[where])
+
+def stronger(id, place, words, where, name, column, sign=1):
+    "A column rises (or, with sign -1, falls) with the strength of a penalty, from none on."
+    def measure(runs):
+        have = sorted(methods(runs).query("method == @name").strength.unique()) if len(runs) else []
+        found = [cases_of(runs, where, "Fixup", column), *(cases_of(methods(runs), where, name, column, strength=s) for s in have)]
+        return [_item(f"{k}, step {i+1}", *((b[k], a[k]) if sign > 0 else (a[k], b[k]))) for i,(a,b) in enumerate(zip(found, found[1:])) for k in a if k in b]
+    return Claim(id, f"Dauphin and Cubuk, {place}", words, "rises" if sign > 0 else "falls", 0, np.inf, measure, (name, "Fixup"), ordering=True, on=WHERE[where])
+
+# %% ../nbs/12_claims.ipynb #6c74acba
+def recovered(id, place, words, number, where, one, base, top, tolerance):
+    "Which share of the way from one method to another a third has gone, in percent."
+    def measure(runs):
+        a, b, c = (cases_of(runs, where, m) for m in (one, base, top))
+        return [Item(k, 100*(a[k].value - b[k].value)/(c[k].value - b[k].value), np.nan, np.nan, min(a[k].n, b[k].n, c[k].n), (a[k], b[k], c[k]))
+                for k in a if k in b and k in c]
+    return Claim(id, f"Dauphin and Cubuk, {place}", words, _shown(number), *_ends(number), measure, (one, base, top), tolerance, on=WHERE[where])
+
+def computed(id, place, words, shown, low, high, value):
+    "A statement that needs no run."
+    return Claim(id, f"Dauphin and Cubuk, {place}", words, shown, low, high, lambda _: [Item("exact", value(), 0., 0., 0)], (), 1e-6, exact=True)
+
+def _growth(norm, column, steps=0):
+    "The factor from 3 to 30 residual blocks, for each block."
+    return (at_start(norm, 64, steps)[column] / at_start(norm, 10, steps)[column])**(1/27)
+
+# %% ../nbs/12_claims.ipynb #da8f7bc6
+FIXUP, EL2, FL2, STANDARD = "Fixup", "Fixup + embedding L2", "Fixup + functional L2", "open Fixup + standardizing loss"
+ONE, BOTH = "one BatchNorm", "Fixup and one BatchNorm"
+
+REGULARIZATION = [
+    told("dc-r50", "Table 2", "ResNet-50 with BatchNorm: test accuracy on ImageNet", "imagenet", "BatchNorm", number=76., tolerance=.1),
+    told("dc-el2-imagenet", "Section 4.3", "what embedding L2 adds to Fixup on ImageNet (points)", "imagenet", EL2, FIXUP, 2.9, shown="close to 3"),
+    told("dc-fl2-imagenet", "Section 4.3", "what functional L2 adds to Fixup on ImageNet (points)", "imagenet", FL2, FIXUP, 2.9, shown="2.9"),
+    told("dc-el2-cifar", "Section 4.3", "what embedding L2 adds to Fixup on CIFAR-10 (points)", "cifar10", EL2, FIXUP, .6, tolerance=.1),
+    told("dc-fl2-cifar", "Section 4.3", "what functional L2 adds to Fixup on CIFAR-10 (points)", "cifar10", FL2, FIXUP, .6, tolerance=.1),
+    told("dc-match-imagenet", "Section 4.3", "embedding L2 matches BatchNorm on ImageNet (within half a point)", "imagenet", EL2, "BatchNorm", 0., shown="match"),
+    told("dc-gap-cifar", "Section 4.3", "BatchNorm beats Fixup on CIFAR-10", "cifar10", "BatchNorm", FIXUP),
+    told("dc-gap-imagenet", "Section 4.3", "BatchNorm beats Fixup on ImageNet", "imagenet", "BatchNorm", FIXUP),
+    told("dc-not-all-cifar", "Section 4.3", "BatchNorm beats functional L2 on CIFAR-10", "cifar10", "BatchNorm", FL2),
+    told("dc-standard-cifar", "Section 4.3", "the standardizing loss against BatchNorm on CIFAR-10 (points)", "cifar10", STANDARD, "BatchNorm", -1.1, tolerance=.1),
+    told("dc-standard-none", "Section 4.3", "the standardizing loss does not improve on Fixup on CIFAR-10 (points)", "cifar10", STANDARD, FIXUP, (-100, 0), shown="at most 0"),
+    told("dc-standard-imagenet", "Section 4.3", "the standardizing loss improves on Fixup on ImageNet", "imagenet", STANDARD, FIXUP),
+    told("dc-svhn-bn", "Section 4.3", "SVHN, BatchNorm: test accuracy", "svhn", "BatchNorm", number=96.9, tolerance=.1),
+    told("dc-svhn-fixup", "Section 4.3", "SVHN, Fixup: test accuracy", "svhn", FIXUP, number=95.5, tolerance=.1),
+    told("dc-svhn-fl2", "Section 4.3", "SVHN, functional L2: test accuracy", "svhn", FL2, number=96.5, tolerance=.1),
+    told("dc-svhn-el2", "Section 4.3", "SVHN, embedding L2: test accuracy", "svhn", EL2, number=96.5, tolerance=.1),
+    told("dc-svhn-gain", "Section 4.3", "what functional L2 adds to Fixup on SVHN (points)", "svhn", FL2, FIXUP, 1., tolerance=.1),
+]
+
+# %% ../nbs/12_claims.ipynb #9d962414
+REGULARIZATION += [
+    told("dc-robust-bn", "Section 4.3", "BatchNorm is no more robust to CIFAR-10-C than Fixup (points)", "cifar10", "BatchNorm", FIXUP, (-100, 0), "robustness", shown="at most 0"),
+    told("dc-robust-standard", "Section 4.3", "the standardizing loss is more robust than BatchNorm (points)", "cifar10", STANDARD, "BatchNorm", .6, "robustness", .1),
+    told("dc-robust-fl2", "Section 4.3", "functional L2 is more robust than Fixup (points)", "cifar10", FL2, FIXUP, 1.3, "robustness", .1),
+    told("dc-robust-fl2-bn", "Section 4.3", "functional L2 is more robust than BatchNorm (points)", "cifar10", FL2, "BatchNorm", 1.3, "robustness", .1),
+    *(told(f"dc-grows-{c}-{w}", "Figure 2", f"the {c} norm is larger without BatchNorm on {WHERE[w][1]}", w, FIXUP, "BatchNorm", column=f"{c}_norm")
+      for w in ("cifar10", "imagenet") for c in ("embedding", "output")),
+    *(stronger(f"dc-stronger-{k}-{c}", "Figure 3", f"{what} {'rises' if s > 0 else 'falls'} with the coefficient of {k} L2 on ImageNet", "imagenet", m, c, s)
+      for k,m in (("embedding", EL2), ("functional", FL2))
+      for c,what,s in (("accuracy", "accuracy", 1), ("embedding_norm", "the embedding norm", -1), ("output_norm", "the output norm", -1))),
+    *(stronger(f"dc-stronger-{k}-{c}-cifar", "Section 4.4", f"{what} falls with the coefficient of {k} L2 on CIFAR-10", "cifar10", m, c, -1)
+      for k,m in (("embedding", EL2), ("functional", FL2)) for c,what in (("embedding_norm", "the embedding norm"), ("output_norm", "the output norm"))),
+    told("dc-single", "Section 4.4", "ResNet-50 with one BatchNorm: test accuracy", "imagenet", ONE, number=73.8, tolerance=.1),
+    told("dc-single-fixup", "Section 4.4", "the same with Fixup: test accuracy", "imagenet", BOTH, number=74.9, tolerance=.1),
+    told("dc-single-over-fixup", "Section 4.4", "one BatchNorm alone beats Fixup alone on ImageNet", "imagenet", ONE, FIXUP),
+    told("dc-single-below", "Section 4.4", "and is below BatchNorm in every layer", "imagenet", "BatchNorm", ONE),
+    recovered("dc-single-share", "Section 4.4", "the share of the way from Fixup to BatchNorm that one BatchNorm with Fixup goes (percent; nearly)", 70., "imagenet", BOTH, FIXUP, "BatchNorm", 5.),
+]
+
+# %% ../nbs/12_claims.ipynb #c5017af9
+REGULARIZATION += [
+    told("dc-dropout-el2", "Table 3", "50% Dropout at test time costs Fixup more than embedding L2 on ImageNet", "imagenet", FIXUP, EL2, column="drop"),
+    told("dc-dropout-bn", "Table 3", "and more than BatchNorm", "imagenet", FIXUP, "BatchNorm", column="drop"),
+    told("dc-dropout-el2-wide", "Section 4.4", "50% Dropout at test time costs Fixup more than embedding L2 on the wide network", "cifar10", FIXUP, EL2, column="drop"),
+    told("dc-dropout-bn-wide", "Section 4.4", "and more than BatchNorm", "cifar10", FIXUP, "BatchNorm", column="drop"),
+    *(told(f"dc-b8-{k}", "Section 4.5", f"what {m} adds to EfficientNet-B8 with BatchNorm (points)", "b8", f"BatchNorm + {m}", "BatchNorm", .9, tolerance=.1)
+      for k,m in (("el2", "embedding L2"), ("fl2", "functional L2"), ("dropout", "Dropout"))),
+    computed("dc-explodes", "Section 3.2", "without BatchNorm R grows exponentially with the blocks, at most twice for each (factor a block)", "at most 2", 1.1, 2,
+             lambda: _growth("none", "embedding")),
+    computed("dc-fixup-start", "Section 3.2", "with Fixup R does not grow with the depth (factor a block)", "1", 1, 1, lambda: _growth("fixup", "embedding")),
+    computed("dc-fixup-step", "Section 3.2", "nor does the change of its output in the first step, over the learning rate (factor a block)", "1", 1, 1,
+             lambda: _growth("fixup", "change", 1)),
+    computed("dc-layers", "Section 4.4", "how many times fewer BatchNorms ResNet-50 has with one at the embedding", "over 100", 100, np.inf,
+             lambda: float(len(convolutions("resnet50")))),
+]
+
+def claims_of(study:str) -> list:   # of Claim
+    "The claims of the paper that a study is about."
+    return REGULARIZATION if study.startswith("regularization") else CLAIMS
+
 # %% ../nbs/12_claims.ipynb #0e708d12
 SCALE = dict(cifar=("CIFAR-10", 160), imagenet=("ImageNet", 90), mlp=("MNIST", 100))   # the papers' images and epochs
 SCALE["lenet"] = SCALE["mlp"]
 
 def _wanted(claim):
     "Networks of a claim, and which images and epochs it speaks of."
+    if claim.on: return {claim.on[0]}, {claim.on[1:]}
     archs = {a for words in claim.needs for a in select(words).archs}
     return archs, {SCALE.get(parse_arch(a).family, SCALE["cifar"]) for a in archs}
 
 def _belongs(claim, items):
     "A number of a named network, on images of another kind, says nothing about it."
-    named = not claim.ordering and any(not select(w).which for w in claim.needs)
+    named = not claim.on and not claim.ordering and any(not select(w).which for w in claim.needs)
     return not named or all(p.images.startswith(("CIFAR-10", "ImageNet", "MNIST")) for i in items for p in i.used)
 
 def verdict(claim:Claim, items:list[Item]) -> str:

@@ -32,7 +32,7 @@ def restore(spec:Spec,               # of a run that is complete
     folder = run_dir(spec, study)
     record = load_record(folder, deep=True)
     if record is None: raise FileNotFoundError(f"{folder} holds no finished run; train it with fit({spec}, {study!r}).")
-    model = create_model(spec.arch, **record["shape"], init=spec.init, bn_init=spec.bn_init, seed=spec.seed, norm=spec.norm)
+    model = create_model(spec.arch, **record["shape"], init=spec.init, bn_init=spec.bn_init, seed=spec.seed, norm=spec.norm, act=spec.act)
     model = load_moved(freeze(model, spec.policy, spec.seed), safetensors.torch.load_file(folder/"moved.safetensors"))
     return prepare(model, torch.device(device or "cpu"), getattr(torch, record["dtype"])).eval()
 
@@ -44,7 +44,7 @@ def norms(model) -> dict:   # module to the number of its role
     from torch.nn.modules.batchnorm import _NormBase
     from bnonly.models import BasicBlock, Bottleneck
     blocks = [b for b in model.modules() if isinstance(b, (BasicBlock, Bottleneck))]
-    ends = {[c for c in b.children() if isinstance(c, _NormBase)][-1] for b in blocks}
+    ends = {m for b in blocks for m in [c for c in b.children() if isinstance(c, _NormBase)][-1:]}
     return {m: 1 if m in ends else 0 if m.relu else 2 for m in model.modules() if isinstance(m, _NormBase)}
 
 # %% ../nbs/06_features.ipynb #37f92096
@@ -143,6 +143,7 @@ def extract(spec:Spec, study:str="scratch",
     model = restore(spec, study, device)
     found = affine(model)
     if not data: return found
+    if not len(found["gamma"]): return found | {n: found["gamma"] for n in SEEN}   # no BatchNorm, nothing to see
     batches, zeros = loaders(data, spec.batch_size, device=device)[1], Zeros(model)
     hits = correct(model, batches)
     tested = np.array([len(data.test)], np.int32)
@@ -198,7 +199,7 @@ def clamped(study:str|None=None,   # a study's name; None for all of them
     "One row for each analysed run and threshold."
     tables = []
     for have,spec in _complete(study, only):
-        if "correct" not in have: continue
+        if not len(have.get("correct", ())): continue
         accuracy, share = 100*have["correct"]/have["tested"], 100*have["clamped"]/len(have["gamma"])
         tables.append(pd.DataFrame(dict(threshold=have["threshold"].astype(float).round(6), share=share,
                                         accuracy=accuracy, change=accuracy-accuracy[0])).assign(**spec))

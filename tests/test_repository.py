@@ -72,7 +72,7 @@ def test_export_and_clean_change_nothing(tmp_path):
     assert len(list((tmp_path / "bnonly").iterdir())) == len([f for f in (ROOT / "bnonly").iterdir() if f.name != "__pycache__"])
 
 
-@pytest.mark.parametrize("notebook", [nb for nb in NOTEBOOKS if nb.name[:2] in ("04", "07", "08", "09", "12")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", [nb for nb in NOTEBOOKS if nb.name[:2] in ("04", "07", "08", "09", "11", "12")], ids=lambda p: p.stem)
 def test_parameters_cells_are_tagged(notebook):
     "Without the tag papermill would inject its values above the defaults, which then win."
     tagged = [c for c in cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
