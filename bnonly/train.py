@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LR', 'step', 'imagenet', 'Schedule', 'sgd', 'default_device', 'default_dtype', 'prepare', 'loss_func', 'learner',
-           'top5', 'Epochs', 'Still', 'Run', 'random_states', 'set_random_states', 'save_state', 'load_state',
-           'Journal', 'machine', 'fit', 'finish']
+           'top5', 'Epochs', 'Still', 'Run', 'Together', 'plain', 'enough', 'summed', 'gathered', 'agreed',
+           'random_states', 'set_random_states', 'save_state', 'load_state', 'Journal', 'machine', 'fit', 'finish']
 
 # %% ../nbs/04_train.ipynb #e95824b2
 import hashlib, json, math, os, platform, random, time, warnings
@@ -29,10 +29,11 @@ with warnings.catch_warnings():   # fastai 2.8 still decorates with torch.jit.sc
     from fastai.learner import Learner, Recorder
     from fastai.metrics import accuracy, top_k_accuracy
     from fastai.optimizer import OptimWrapper
+    from fastai.torch_core import num_distrib, rank_distrib, to_detach
 
 # %% ../nbs/04_train.ipynb #c8854300
-from .data import load_data, loaders
-from .experiment import SCHEDULES, Spec, load_record, parameters, run_dir, seal, write
+from .data import load_data, loaders, named, part
+from .experiment import SCHEDULES, Claim, Spec, load_record, parameters, run_dir, seal, write
 from .kernels import accelerate, keep_memory
 from .models import create_model
 from .policies import counts, freeze, load_moved, moved, trainable
@@ -61,7 +62,10 @@ def sgd(params, lr, momentum, weight_decay):
 
 # %% ../nbs/04_train.ipynb #9154b044
 def default_device() -> torch.device:
-    "The accelerator if there is one, else the CPU; $BNONLY_DEVICE overrides."
+    "The accelerator if there is one, else the CPU; $BNONLY_DEVICE overrides. Under `accelerate launch`, this process's own."
+    if num_distrib() > 1:
+        from accelerate import PartialState
+        return PartialState().device
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     name = os.environ.get("BNONLY_DEVICE") or best
     try: return torch.zeros(1, device=name).device
@@ -102,8 +106,10 @@ def learner(spec:Spec,                        # the run
     opt = partial(sgd, momentum=spec.momentum, weight_decay=spec.weight_decay)
     own = [TrainEvalCallback(), Recorder(), Schedule(spec.lr, spec.schedule), Epochs()]
     if not trainable(model): own.append(Still())
-    learn = Run(DataLoaders(*loaders(data, spec.batch_size, spec.seed, device)), model, loss_func, opt, lr=spec.lr,
-                    metrics=[accuracy, top5], cbs=[*own, *cbs], default_cbs=False, wd_bn_bias=True, train_bn=False)
+    if num_distrib() > 1: own.append(Together())
+    dls = DataLoaders(*loaders(data, spec.batch_size, spec.seed, device, (rank_distrib(), max(1, num_distrib()))))
+    learn = Run(dls, model, loss_func, opt, lr=spec.lr, metrics=[accuracy, top5], cbs=[*own, *cbs], default_cbs=False,
+                wd_bn_bias=True, train_bn=False)
     learn.logger = lambda *_: None
     return learn
 
@@ -119,12 +125,60 @@ class Still(Callback):
     def before_backward(self): raise CancelBackwardException
 
 class Run(Learner):
-    "A Learner that can go on from a later epoch."
+    "A Learner that can go on from a later epoch, and whose metrics are of this process's images."
     first_epoch = 0
+    def to_detach(self, b, cpu=True, gather=False): return to_detach(b, cpu, gather)
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
+
+# %% ../nbs/04_train.ipynb #5bc7426f
+class Together(Callback):
+    "Train with the other processes that `accelerate launch` has started."
+    order = 11   # as fastai's DistributedTrainer: before the Recorder
+    def before_fit(self):
+        from accelerate import Accelerator
+        divides, size = partial(enough, self.dls, num_distrib()), self.dls.train.batch_size
+        if not divides(size):
+            near = min(filter(divides, range(num_distrib(), len(self.dls.train.images))), key=lambda b: abs(b - size), default="none")
+            raise ValueError(f"batch_size {size} leaves a batch with fewer images than the {num_distrib()} processes; the nearest that does not is {near}.")
+        self.learn.model = Accelerator().prepare(self.model)
+
+    def after_loss(self):
+        if not self.training: return
+        batch = torch.arange(min(self.dl.batch_size, len(self.dl.images) - self.iter*self.dl.batch_size))
+        self.learn.loss_grad = self.loss_grad * (num_distrib()*len(part(batch, self.dl.share))/len(batch))
+
+    def after_validate(self):
+        for m in self.recorder._valid_mets: m.total, m.count = summed(float(m.total), m.count)
+
+    def after_fit(self): self.learn.model = plain(self.model)
+
+def plain(model): return getattr(model, "module", model)   # without DDP around it
+
+def enough(dls, processes, batch_size):
+    "Whether every batch has an image for each process."
+    return batch_size >= processes and not any(0 < len(dl.images)%batch_size < processes for dl in dls)
+
+# %% ../nbs/04_train.ipynb #13ed5f7c
+def summed(*numbers:float) -> list:
+    "The sum of each number over all processes."
+    if num_distrib() < 2: return numbers
+    from accelerate.utils import reduce
+    return reduce(torch.tensor(numbers, dtype=torch.float64, device=default_device()), "sum").tolist()
+
+def gathered(items:list) -> set:
+    "What any process has."
+    if num_distrib() < 2: return set(items)
+    from accelerate.utils import gather_object
+    return set(gather_object(items))
+
+def agreed(value):
+    "What the first process says."
+    if num_distrib() < 2: return value
+    from accelerate.utils import broadcast_object_list
+    return broadcast_object_list([value])[0]
 
 # %% ../nbs/04_train.ipynb #9360be15
 def random_states() -> dict:   # JSON values
@@ -151,8 +205,8 @@ def _bytes(t): return t.contiguous().flatten().view(torch.uint8).numpy().tobytes
 
 def save_state(learn:Learner, path:Path, rows:list):   # the metrics of the epochs that are done
     "Write what training needs to go on."
-    momenta = {n: learn.opt.opt.state[p].get("momentum_buffer") for n,p in trainable(learn.model).items()}
-    tensors = ({f"moved/{n}": t for n,t in moved(learn.model).items()}
+    momenta = {n: learn.opt.opt.state[p].get("momentum_buffer") for n,p in trainable(plain(learn.model)).items()}
+    tensors = ({f"moved/{n}": t for n,t in moved(plain(learn.model)).items()}
                | {f"momentum/{n}": t for n,t in momenta.items() if t is not None})
     tensors = {n: t.detach().cpu().contiguous() for n,t in tensors.items()}
     told = dict(rows=json.dumps(rows), random=json.dumps(random_states()))
@@ -166,10 +220,10 @@ def load_state(learn:Learner, path:Path) -> list:   # the metrics of the epochs 
         if told.pop("digest") != _digest(tensors, told): raise ValueError
     except Exception as e:
         raise ValueError(f"{path} is damaged; delete it to start the run anew.") from e
-    part = lambda kind: {n.partition("/")[2]: t for n,t in tensors.items() if n.startswith(kind)}
-    load_moved(learn.model, part("moved/"))
-    for n,t in part("momentum/").items():
-        p = learn.model.get_parameter(n)
+    of = lambda kind: {n.partition("/")[2]: t for n,t in tensors.items() if n.startswith(kind)}
+    load_moved(plain(learn.model), of("moved/"))
+    for n,t in of("momentum/").items():
+        p = plain(learn.model).get_parameter(n)
         learn.opt.opt.state[p]["momentum_buffer"] = t.to(p.device).clone(memory_format=torch.preserve_format)
     set_random_states(json.loads(told["random"]))
     return json.loads(told["rows"])
@@ -198,17 +252,18 @@ class Journal(Callback):
 # %% ../nbs/04_train.ipynb #20a9bbfc
 @patch
 def after_epoch(self:Journal):
-    if (self.folder/"record.json").exists():
+    if not rank_distrib() and (self.folder/"record.json").exists():
         raise RuntimeError(f"{self.folder} was finished by another process while this one trained it; its record stands.")
-    test, acc, five = self.recorder.values[-1][-3:]
-    row = dict(epoch=self.epoch+1, lr=self.opt.hypers[-1]["lr"], train_loss=float(self.total)/self.seen, loss=test,
+    (test, acc, five), (total, seen) = self.recorder.values[-1][-3:], summed(float(self.total), self.seen)
+    row = dict(epoch=self.epoch+1, lr=self.opt.hypers[-1]["lr"], train_loss=total/seen, loss=test,
                accuracy=100*acc, top5=100*five, seconds=time.monotonic()-self.began)
     self.rows.append({k: v if k == "epoch" else float(f"{v:.6g}") for k,v in row.items()})
-    write(self.table, pd.DataFrame(self.rows).to_csv(index=False))
     self.diverged = not math.isfinite(row["train_loss"] + row["loss"])
+    if not rank_distrib():
+        write(self.table, pd.DataFrame(self.rows).to_csv(index=False))
+        if self.epoch+1 < self.n_epoch and not self.diverged: save_state(self.learn, self.state, self.rows)
+        self.report(row)
     if self.diverged: raise CancelFitException
-    if self.epoch+1 < self.n_epoch: save_state(self.learn, self.state, self.rows)
-    self.report(row)
 
 @patch
 def report(self:Journal, row):
@@ -225,7 +280,7 @@ def machine(device:torch.device) -> dict:
     names = [l.partition(":")[2].strip() for l in info.read_text().splitlines() if l.startswith("model name")] if info.exists() else []
     cuda = device.type == "cuda"
     return dict(device=torch.cuda.get_device_name(device) if cuda else device.type, processor=(names or [platform.processor()])[0],
-                cores=os.cpu_count(), threads=torch.get_num_threads(), system=platform.system(), python=platform.python_version(),
+                cores=os.cpu_count(), processes=max(1, num_distrib()), threads=torch.get_num_threads(), system=platform.system(), python=platform.python_version(),
                 **{p: version(p) for p in ("bnonly", "torch", "fastai", "numpy")})
 
 # %% ../nbs/04_train.ipynb #ff752538
@@ -238,28 +293,34 @@ def fit(spec:Spec,                       # the run
         say=None                         # called with a line about progress, at most every ten seconds
        ) -> dict:                        # the record, as record.json holds it
     "Train a run and keep its record; at once where it is complete. `BrokenRecord` where the record was changed."
-    if record := load_record(folder := run_dir(spec, study)): return record
+    if record := agreed(load_record(folder := run_dir(spec, study))): return record
     device = device or default_device()
     dtype = dtype or default_dtype(device)
-    data, journal = data or load_data(spec.data), Journal(folder, say)
-    learn = learner(spec, data, [journal, *cbs], device, dtype)
-    learn.fit(spec.epochs)
-    write(folder/"moved.safetensors", safetensors.torch.save(
-        {n: t.detach().cpu().contiguous() for n,t in moved(learn.model).items()}, dict(spec=json.dumps(spec.__dict__))))
-    return finish(spec, folder, learn, journal, data, device, dtype, [type(c).__name__ for c in cbs])
+    with Claim(folder) as claim:
+        if not rank_distrib(): claim.wait(say or print)
+        if record := agreed(load_record(folder)): return record   # of another process, which this one has waited for
+        data, journal = data or load_data(spec.data), Journal(folder, say)
+        learn = learner(spec, data, [journal, *cbs], device, dtype)
+        learn.fit(spec.epochs)
+        return agreed(finish(spec, learn, journal, data, dtype, [type(c).__name__ for c in cbs]))
 
 # %% ../nbs/04_train.ipynb #786fb0fd
-def finish(spec, folder, learn, journal, data, device, dtype, callbacks) -> dict:
+def finish(spec, learn, journal, data, dtype, callbacks) -> dict|None:   # None but in the first process
     "Seal the record of a run that has ended, and drop its checkpoint; `RuntimeError` where a callback ended it early."
     if len(journal.rows) < spec.epochs and not journal.diverged:
         raise RuntimeError(f"{spec.key} ended after {len(journal.rows)} of {spec.epochs} epochs, so it has no record; fit it again to go on.")
+    left_out = sorted(gathered([p for dl in learn.dls for p in getattr(dl, "broken", ())]))
+    if rank_distrib(): return
+    write(journal.folder/"moved.safetensors", safetensors.torch.save(
+        {n: t.detach().cpu().contiguous() for n,t in moved(learn.model).items()}, dict(spec=json.dumps(spec.__dict__))))
     sizes, last = counts(learn.model).loc["all"], journal.rows[-1]
-    record = seal(folder, dict(
+    told = dict(undecodable=dict(count=len(left_out), names=named(left_out, 20))) if left_out else {}
+    record = seal(journal.folder, dict(
         spec=spec.__dict__, status="diverged" if journal.diverged else "complete",
         final={k: last[k] if math.isfinite(last[k]) else None for k in ("epoch", "train_loss", "loss", "accuracy", "top5")},
-        counts={k: int(v) for k,v in sizes.items()}, images=data.label, data_digest=data.digest,
+        counts={k: int(v) for k,v in sizes.items()}, images=data.label, data_digest=data.digest, **told,
         shape=dict(num_classes=data.num_classes, in_channels=data.in_channels), dtype=str(dtype).split(".")[-1],
-        seconds=round(sum(r["seconds"] for r in journal.rows), 1), callbacks=callbacks, machine=machine(device)),
+        seconds=round(sum(r["seconds"] for r in journal.rows), 1), callbacks=callbacks, machine=machine(learn.dls.train.device)),
         ["metrics.csv", "moved.safetensors"])
     journal.state.unlink(missing_ok=True)
     return record
