@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['AGAIN', 'CIFAR10', 'CIFAR10_SIZE', 'SOURCES', 'CORRUPTIONS', 'SEVERITIES', 'MNIST_MD5', 'SVHN_SIZE', 'LOADERS',
            'Images', 'Data', 'digest', 'moments', 'BrokenData', 'split', 'digits', 'describe', 'draws', 'crop',
-           'affine', 'normalize', 'Batches', 'data_dir', 'open_image', 'tree_files', 'archive_files', 'read_tree',
-           'stack', 'read_batches', 'verify', 'read_packed', 'downloads', 'download', 'cache_files', 'stamp',
-           'save_cache', 'read_cache', 'cifar10', 'read_npy', 'cifar10_1', 'cifar10_c', 'read_idx', 'checked', 'mnist',
-           'read_mat', 'svhn', 'Files', 'imagenet', 'Decoded', 'collate', 'FileBatches', 'load_data', 'loaders']
+           'affine', 'normalize', 'part', 'Batches', 'data_dir', 'open_image', 'tree_files', 'archive_files',
+           'read_tree', 'stack', 'read_batches', 'verify', 'read_packed', 'downloads', 'download', 'cache_files',
+           'stamp', 'save_cache', 'read_cache', 'cifar10', 'read_npy', 'cifar10_1', 'cifar10_c', 'read_idx', 'checked',
+           'mnist', 'read_mat', 'svhn', 'Files', 'imagenet', 'Decoded', 'collate', 'FileBatches', 'named', 'load_data',
+           'loaders']
 
 # %% ../nbs/01_data.ipynb #46944e3a
 import gzip, hashlib, json, math, os, tarfile, warnings, zlib
@@ -163,6 +164,13 @@ def normalize(x:Tensor, scale:Tensor, shift:Tensor   # x: uint8 [B, H, W, C]
     "Bytes as numbers with mean 0 and standard deviation 1 over the training images."
     return x.flatten(1).float().mul_(scale).add_(shift).view(x.shape).permute(0, 3, 1, 2)
 
+# %% ../nbs/01_data.ipynb #410df8e1
+def part(batch:Tensor,    # [B, ...]
+         share:tuple      # number of this process, and how many share the batch
+        ) -> Tensor:      # [about B/processes, ...]
+    "What one of several processes reads of a batch."
+    return batch.tensor_split(share[1])[share[0]]
+
 # %% ../nbs/01_data.ipynb #d0685200
 class Batches:
     "Batches of one split, made on the device where the images are."
@@ -172,8 +180,9 @@ class Batches:
                  batch_size:int,                     # images
                  train:bool=False,                   # shuffled and augmented, or in order as they are
                  seed:int=0,                         # of the run
-                 device:torch.device|str="cpu"):
-        self.images, self.batch_size, self.train, self.seed = images.to(device), batch_size, train, seed
+                 device:torch.device|str="cpu",
+                 share:tuple=(0, 1)):                # number of this process, and how many share each batch
+        self.images, self.batch_size, self.train, self.seed, self.share = images.to(device), batch_size, train, seed, share
         self.pad, self.flip = (data.pad, data.flip) if train else (0, False)
         self.padded = zero_pad(self.images.x, (0, 0, *(self.pad,)*4)).contiguous() if self.pad else self.images.x
         self.affine = affine(data, images.x[0, ..., 0].numel(), device)
@@ -193,6 +202,7 @@ def shuffled(self:Batches,
     "All images in the order of an epoch, cropped and mirrored."
     order, corner, mirror = (o.to(self.device) for o in draws(len(self.images), self.pad, self.flip, self.seed, epoch))
     for i in order.split(self.batch_size):
+        i = part(i, self.share)
         x = crop(self.padded, i, corner[i], mirror[i], self.pad)
         yield normalize(x, *self.affine), self.images.y[i]
 
@@ -200,7 +210,7 @@ def shuffled(self:Batches,
 def in_order(self:Batches) -> Iterator:
     "All images, one after the other, as they are."
     for x, y in zip(self.images.x.split(self.batch_size), self.images.y.split(self.batch_size)):
-        yield normalize(x, *self.affine), y
+        yield normalize(part(x, self.share), *self.affine), part(y, self.share)
 
 # %% ../nbs/01_data.ipynb #ac8b8514
 def data_dir(folder:Path|str|None=None   # to overrule the environment
@@ -513,24 +523,25 @@ class Decoded:
 
     def __len__(self): return len(self.files)
 
-    def __getitem__(self, i):   # (uint8 [224, 224, 3], label), or a sentence that says why not
+    def __getitem__(self, i):   # (uint8 [224, 224, 3], label), or the number of an image that cannot be decoded
         try: image = open_image(self.files.paths[i], self.files.paths[i])
-        except BrokenData as e: return str(e)
+        except BrokenData: return i
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(stream(self.seed, "crop", self.epoch, i))
             return torch.from_numpy(np.array(self.transform(image))), self.files.y[i]
 
-def collate(items:list) -> tuple|str:   # (uint8 [B, 224, 224, 3], int64 [B]), or what is broken
-    "A batch, unless one of its images is broken."
-    return next((o for o in items if isinstance(o, str)), None) or tuple(torch.stack(o) for o in zip(*items))
+def collate(items:list) -> tuple:   # (uint8 [B, 224, 224, 3], int64 [B]), and the numbers of the images left out
+    "A batch of the images that could be decoded."
+    good = [o for o in items if not isinstance(o, int)]
+    return tuple(torch.stack(o) for o in zip(*good)), [o for o in items if isinstance(o, int)]
 
 # %% ../nbs/01_data.ipynb #d9e2eafd
 class FileBatches:
     "Batches of one split that stays on disk; iterates as `Batches` does."
     def __init__(self, images:Files, data:Data, batch_size:int, train:bool=False, seed:int=0, device:torch.device|str="cpu",
-                 workers:int|None=None):   # processes that decode; as many as there are cores by default
-        self.images, self.data, self.batch_size, self.train, self.seed = images, data, batch_size, train, seed
-        self.workers = (os.cpu_count() or 1) if workers is None else workers
+                 share:tuple=(0, 1), workers:int|None=None):   # processes that decode; by default as many as there are cores for each
+        self.images, self.data, self.batch_size, self.train, self.seed, self.share = images, data, batch_size, train, seed, share
+        self.workers, self.broken = (os.cpu_count() or 1)//share[1] if workers is None else workers, set()
         self.affine = affine(data, 224*224, device)
         self.device, self.epoch = torch.device(device), 0
 
@@ -541,13 +552,21 @@ class FileBatches:
         return self._batches(epoch)
 
     def _batches(self, epoch):
-        order = draws(len(self.images), 0, False, self.seed, epoch)[0].tolist() if self.train else None
+        order, known = draws(len(self.images), 0, False, self.seed, epoch)[0] if self.train else torch.arange(len(self.images)), len(self.broken)
         decoded = Decoded(self.images, self.data, self.train, self.seed, epoch)
-        for batch in torch.utils.data.DataLoader(decoded, self.batch_size, sampler=order, collate_fn=collate,
-                                                 num_workers=self.workers, pin_memory=self.device.type == "cuda"):
-            if isinstance(batch, str): raise BrokenData(batch)
+        batches = [part(i, self.share).tolist() for i in order.split(self.batch_size)]
+        for batch, left_out in torch.utils.data.DataLoader(decoded, batch_sampler=batches, collate_fn=collate,
+                                                           num_workers=self.workers, pin_memory=self.device.type == "cuda"):
+            self.broken.update(self.images.paths[i] for i in left_out)
+            if not batch: raise BrokenData(f"{self.images.paths[left_out[0]]} cannot be decoded as an image, nor can any other of its batch; {AGAIN}.")
             x, y = (o.to(self.device, non_blocking=True) for o in batch)
             yield normalize(x, *self.affine), y
+        if len(self.broken) > known: warnings.warn(f"{len(self.broken)} of {len(self.images):,} images cannot be decoded and are left out: {named(self.broken)}")
+
+def named(paths:Iterable[str], most:int=5) -> str:
+    "Some names, and how many more there are."
+    names = sorted(paths)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 # %% ../nbs/01_data.ipynb #99593be3
 LOADERS = {"digits": digits, "cifar10": cifar10, "cifar10.1": cifar10_1, "cifar10-c": cifar10_c, "mnist": mnist, "svhn": svhn,
@@ -562,8 +581,9 @@ def load_data(name:str,                    # digits, cifar10, cifar10.1, cifar10
 def loaders(data:Data,
             batch_size:int,                  # images
             seed:int=0,                      # of the run
-            device:torch.device|str="cpu"
+            device:torch.device|str="cpu",
+            share:tuple=(0, 1)               # number of this process, and how many share each batch
            ) -> tuple:                       # (train, test)
     "The batches to train on and those to test on."
     kind = {Images: Batches, Files: FileBatches}
-    return tuple(kind[type(s)](s, data, batch_size, t, seed, device) for s,t in ((data.train, True), (data.test, False)))
+    return tuple(kind[type(s)](s, data, batch_size, t, seed, device, share) for s,t in ((data.train, True), (data.test, False)))

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_DEPTHS', 'VGG_DEPTHS', 'EFFICIENTNETS', 'ARCHS', 'ALONE', 'TOKENS', 'INITS', 'BN_INITS', 'DATASETS',
-           'SCHEDULES', 'NORMS', 'ACTS', 'nearest', 'choose', 'Arch', 'parse_arch', 'parse_policy', 'Spec',
-           'check_spec', 'parameters', 'key', 'stream', 'root', 'runs_dir', 'run_dir', 'write', 'seal', 'BrokenRecord',
-           'load_record', 'records', 'results', 'history', 'summary', 'presets', 'preset']
+           'SCHEDULES', 'NORMS', 'ACTS', 'BEAT', 'STALE', 'nearest', 'choose', 'Arch', 'parse_arch', 'parse_policy',
+           'Spec', 'check_spec', 'parameters', 'key', 'stream', 'root', 'runs_dir', 'run_dir', 'write', 'unwritable',
+           'seal', 'BrokenRecord', 'load_record', 'claims', 'here', 'running', 'owner', 'void', 'Claim', 'records',
+           'results', 'history', 'summary', 'presets', 'preset']
 
 # %% ../nbs/00_experiment.ipynb #b2f6664a
-import ast, hashlib, json, os, re, tempfile, warnings
+import _thread, ast, hashlib, json, os, platform, re, tempfile, threading, time, warnings
 from collections.abc import Iterable
 from configparser import ConfigParser, Error as ConfigError
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 # %% ../nbs/00_experiment.ipynb #910b6f8e
 import pandas as pd
+from fastcore.basics import patch
 
 # %% ../nbs/00_experiment.ipynb #a9d7d278
 def nearest(value:str,               # what was given
@@ -228,8 +230,12 @@ def write(path:Path,           # where the file shall stand
         os.replace(f.name, path)
     except OSError as e:
         if "f" in locals(): Path(f.name).unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({e.strerror or e}); free space or set BNONLY_RUNS to a folder that can.") from e
+        raise unwritable(path, e) from e
     return path
+
+def unwritable(path:Path, why:OSError) -> OSError:
+    "What to say where a file or a folder cannot be written."
+    return OSError(f"{path} could not be written ({why.strerror or why}); free space or set BNONLY_RUNS to a folder that can.")
 
 # %% ../nbs/00_experiment.ipynb #3727d0cf
 def _digest(data:bytes) -> str: return hashlib.sha256(data).hexdigest()
@@ -266,6 +272,100 @@ def load_record(folder:Path,        # of the run
         if not file.exists() or _digest(file.read_bytes()) != digest:
             raise BrokenRecord(f"{file} is {'not as it was sealed' if file.exists() else 'missing'}; delete the folder to train the run again.")
     return record
+
+# %% ../nbs/00_experiment.ipynb #401d28de
+BEAT, STALE = 20, 300   # seconds: how often a claim is renewed, and when it is void
+
+def claims(folder:Path) -> list[Path]:
+    "The claims on a run, the one that holds last."
+    return sorted(folder.glob("claim-*.json"), key=lambda f: int(f.stem.partition("-")[2]))
+
+def here() -> str:
+    "This machine, and in it the space in which process ids count (containers may share a name)."
+    try: return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError: return platform.node()
+
+def running(pid:int) -> bool:
+    "Whether a process of this machine lives; one that has ended but was not waited for does not."
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: return True
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError: return True
+
+# %% ../nbs/00_experiment.ipynb #cc747354
+def owner(claim:Path) -> dict:   # host, pid and thread; nothing while it is just being written
+    "Who made a claim."
+    try: return json.loads(claim.read_text())
+    except (FileNotFoundError, ValueError): return {}
+
+def void(claim:Path) -> bool:
+    "Whether the process that made a claim is gone."
+    try: heard, who = claim.stat().st_mtime, owner(claim)
+    except FileNotFoundError: return True
+    if who.get("host") == here() and not running(who["pid"]): return True
+    with tempfile.NamedTemporaryFile(dir=claim.parent, prefix=".") as now: return os.stat(now.name).st_mtime - heard > STALE
+
+# %% ../nbs/00_experiment.ipynb #7b144ae4
+class Claim:
+    "One run for this process and no other, until it is released."
+    def __init__(self, folder:Path):
+        self.folder, self.file, self.lost, self.over = Path(folder), None, False, threading.Event()
+        self.me = dict(host=here(), pid=os.getpid(), thread=threading.get_ident())
+
+    def take(self) -> bool:
+        "Claim the run, unless somebody holds it. `OSError` where its folder cannot be written to."
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held = claims(self.folder)
+            if held and not void(held[-1]): return False
+            file = self.folder/f"claim-{int(held[-1].stem[6:])+1 if held else 1}.json"
+            with open(file, "x") as f: f.write(json.dumps(self.me))
+        except OSError as e:
+            if isinstance(e, FileExistsError) and self.folder.is_dir(): return False
+            raise unwritable(self.folder, e) from e
+        self.file = file
+        threading.Thread(target=self.beat, daemon=True).start()
+        return True
+
+    def release(self):
+        "Give up what `take` took, and the void claims below it."
+        self.over.set()
+        for file in claims(self.folder) if self.file else ():
+            if int(file.stem[6:]) <= int(self.file.stem[6:]): file.unlink(missing_ok=True)
+
+# %% ../nbs/00_experiment.ipynb #c6e90f86
+@patch
+def beat(self:Claim):
+    "Renew the claim until the run is over; interrupt the run when the claim is no longer ours."
+    while not self.over.wait(BEAT):
+        try:
+            self.lost = claims(self.folder)[-1:] != [self.file]
+            if not self.lost: os.utime(self.file)
+        except OSError: continue   # a network file system that is away for a moment
+        if self.lost and not self.over.is_set(): return _thread.interrupt_main()
+
+# %% ../nbs/00_experiment.ipynb #8e03d86d
+@patch
+def wait(self:Claim, say=print, pause:float=1):   # say: called with one sentence where there is somebody to wait for; pause: seconds
+    "Claim the run as soon as nobody else holds it."
+    told = False
+    while not self.take():
+        who = owner(claims(self.folder)[-1]) if claims(self.folder) else {}
+        if who == self.me: return self
+        if who and not told: say(f"{self.folder.name} is being trained by process {who['pid']} on {who['host'].split()[0]}; waiting for its record.")
+        told = told or bool(who)
+        time.sleep(pause)
+    return self
+
+@patch
+def __enter__(self:Claim): return self
+
+@patch
+def __exit__(self:Claim, kind, *_):
+    self.release()
+    if kind is KeyboardInterrupt and self.lost:
+        raise RuntimeError(f"{self.folder} was claimed by another process while this one slept; it goes on from the last checkpoint.") from None
 
 # %% ../nbs/00_experiment.ipynb #b16b9da1
 def records(study:str|None=None   # a study's name; None for all of them

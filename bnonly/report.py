@@ -6,7 +6,7 @@
 __all__ = ['MAIN', 'STYLE', 'CAPTIONS', 'THE_PAPERS', 'BESIDES', 'TABLES', 'COMMANDS', 'drawing', 'execute', 'as_page', 'page',
            'table_html', 'picture', 'stand_ins', 'caption', 'figures_html', 'spread', 'answer', 'claims', 'claims_html',
            'overview', 'settings', 'inputs', 'figures', 'report', 'train_command', 'study_command', 'report_command',
-           'figures_command', 'claims_command', 'parser', 'main']
+           'figures_command', 'claims_command', 'parser', 'check', 'main']
 
 # %% ../nbs/15_report.ipynb #ae39b163
 import base64, hashlib, html, json, os, re, sys, warnings
@@ -254,9 +254,10 @@ def train_command(spec:Spec, study:str):
     "Train one run."
     from bnonly.features import analyse
     from bnonly.sweep import Line
-    from bnonly.train import fit
+    from bnonly.train import fit, rank_distrib
     line = Line(10)
     record = fit(spec, study, say=line)
+    if rank_distrib(): return   # of several processes that train one network, the first does the rest
     if record["status"] == "complete": analyse(spec, study)
     line(f"{spec.key}: {record['status']}, test accuracy {record['final']['accuracy']:.2f}%", end=True)
 
@@ -265,6 +266,8 @@ def study_command(study:str, workers:int=0, only:str="", retry_failed:bool=False
     "Train what a study still lacks."
     from bnonly.features import analyse
     from bnonly.sweep import ENGINES, Line, clock, expected, missing, own_cores, retry, select, state, sweep
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"bnonly study {study} cannot train each run on several processes; name one run: accelerate launch bnonly train --study {study}.")
     line, specs = Line(), select(preset(study), only)
     if retry_failed and not dry_run: [retry(s, study) for s in specs]
     todo, cores = missing(study, specs), workers or own_cores()
@@ -328,10 +331,19 @@ def parser():
             own.add_argument("--dry-run", action="store_true", help="list the runs that are missing and train nothing")
     return p
 
+def check(argv, parser):
+    "Answer a misspelt command or option as any other wrong name, with a `ValueError`."
+    commands = next(a.choices for a in parser._actions if a.dest == "command")
+    if not argv or argv[0].startswith("-"): return
+    options = commands[choose("command", argv[0], commands)]._option_string_actions
+    for o in argv[1:]:
+        if o.startswith("--"): choose("option", o.partition("=")[0], [n for n in options if n.startswith("--")])
+
 def main(argv:list|None=None):
     "The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME."
-    args = vars(parser().parse_args(argv))
     try:
+        check(sys.argv[1:] if argv is None else argv, p := parser())
+        args = vars(p.parse_args(argv))
         if args["command"] == "train": train_command(Spec(**{k: args[k] for k in Spec.__dataclass_fields__}), args["study"])
         elif args["command"] == "study": study_command(args["name"], *(args[k] for k in ("workers", "only", "retry_failed", "dry_run", "engine", "gpus_per_run")))
         else: dict(figures=figures_command, claims=claims_command, report=report_command)[args["command"]](args["name"])

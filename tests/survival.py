@@ -11,22 +11,32 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"   # a forked process must not inherit threads
 from bnonly.experiment import Spec, load_record, run_dir, write
-from bnonly.train import fit, machine
+from bnonly.sweep import kept, papermill, train_one
+from bnonly.train import machine
 
 SPEC = Spec(arch="resnet8", epochs=6)
 
 
 def start(spec, study):
-    "The run in a process of its own, with everything imported."
-    process = multiprocessing.get_context("fork").Process(target=fit, args=(spec, study))
+    "The run in a process of its own, with everything imported, as a sweep trains it."
+    papermill()
+    process = multiprocessing.get_context("fork").Process(target=train_one, args=(spec, study))
     process.start()
     return process
 
 
 def outcome(spec, study):
     "What two runs have to agree on: all metrics but the time, and the digest of the weights."
-    rows = (run_dir(spec, study) / "metrics.csv").read_text().splitlines()
-    return [r.rpartition(",")[0] for r in rows], load_record(run_dir(spec, study), deep=True)["files"]["moved.safetensors"]
+    folder = run_dir(spec, study)
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    return [r.rpartition(",")[0] for r in rows], load_record(folder, deep=True)["files"]["moved.safetensors"]
+
+
+def reached(folder):
+    "How far a run had come: 'begun', an epoch, 'record' or 'notebook'."
+    if (folder / "train.ipynb").exists(): return "notebook"
+    if (folder / "record.json").exists(): return "record"
+    return f"epoch {(folder / 'metrics.csv').read_text().count(chr(10)) - 1}" if (folder / "metrics.csv").exists() else "begun"
 
 
 def survive(kills, spec=SPEC, seed=0):
@@ -43,10 +53,11 @@ def survive(kills, spec=SPEC, seed=0):
         process.kill()
         process.join()
         if process.exitcode != -signal.SIGKILL: continue   # it was faster than the first and had ended
-        table = run_dir(spec, study) / "metrics.csv"
-        epochs = table.read_text().count("\n") - 1 if table.exists() else 0
+        hit = reached(run_dir(spec, study))
         start(spec, study).join()
-        rows.append(dict(share=round(at / seconds, 3), epochs=epochs, equal=outcome(spec, study) == outcome(spec, whole)))
+        ends_alike = kept(run_dir(spec, study)) and outcome(spec, study) == outcome(spec, whole)
+        left = list(run_dir(spec, study).glob("c*-*.json")) + list(run_dir(spec, study).glob("checkpoint*"))
+        rows.append(dict(share=round(at / seconds, 3), hit=hit, equal=ends_alike and not left))
     return rows
 
 
@@ -54,6 +65,7 @@ if __name__ == "__main__":
     import torch
     torch.set_num_threads(1)
     rows = survive(int((sys.argv + ["50"])[1]))
-    told = dict(run=SPEC.key, kills=len(rows), equal=sum(r["equal"] for r in rows), machine=machine(torch.device("cpu")), rows=rows)
+    hits = {h: sum(r["hit"] == h for r in rows) for h in sorted({r["hit"] for r in rows})}
+    told = dict(run=SPEC.key, kills=len(rows), equal=sum(r["equal"] for r in rows), hits=hits, machine=machine(torch.device("cpu")), rows=rows)
     file = write(Path(__file__).parents[1] / "runs/bench/survival.json", json.dumps(told, indent=1) + "\n")
     print(f"{told['equal']} of {told['kills']} killed runs ended as if they had not been killed: {file}")

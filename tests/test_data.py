@@ -487,11 +487,19 @@ def test_imagenet_digest_is_that_of_names(photos, tmp_path_factory):
 
 @pytest.mark.parametrize("workers", (0, 1))
 def test_broken_photo(photos, workers):
-    file = photos/"imagenet"/"val"/"n1"/"7.JPEG"
-    file.write_bytes(file.read_bytes()[:1000])
+    "It is left out, counted and named once; only a batch without any good image ends the run."
+    broken = [photos/"imagenet"/"train"/f"n{i%3}"/f"{i}.JPEG" for i in (1, 2, 5)]
+    for f in broken[:2]: f.write_bytes(f.read_bytes()[:1000])
     d = load_data("imagenet", photos)
-    with pytest.raises(BrokenData) as e: list(FileBatches(d.test, d, 4, workers=workers))
-    assert str(file) in str(e.value) and "\n" not in str(e.value)
+    batches = FileBatches(d.train, d, 3, train=True, workers=workers)
+    with pytest.warns(UserWarning, match=f"2 of 6 images cannot be decoded and are left out: {broken[0]}, {broken[1]}"): first = list(batches)
+    assert sorted(torch.cat([y for _, y in first]).tolist()) == [0, 0, 1, 2] and all(len(x) == len(y) for x, y in first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sum(len(y) for _, y in batches) == 4 and batches.broken == set(map(str, broken[:2]))
+    for f in d.train.paths: Path(f).write_bytes(b"")
+    with pytest.raises(BrokenData) as e: list(FileBatches(d.train, d, 3, workers=workers))
+    assert str(d.train.paths[0]) in str(e.value) and "\n" not in str(e.value)
 
 
 def test_missing_photos(photos):

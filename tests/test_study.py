@@ -52,7 +52,8 @@ def test_a_study_ends_in_a_page_that_opens_offline(bnonly, tmp_path):
 
 @pytest.mark.parametrize("args,answer", [(["study", "minni"], "the nearest is 'mini'"), (["train", "--policy", "bm"], "the nearest is 'bn'"),
                                          (["report", "mini"], "no finished run"), (["claims", "mini"], "no finished run"),
-                                         (["figures", "minni"], "the nearest is 'mini'")])
+                                         (["figures", "minni"], "the nearest is 'mini'"), (["studdy", "mini"], "the nearest is 'study'"),
+                                         (["study", "mini", "--onlly", "policy=bn"], "the nearest is '--only'")])
 def test_a_mistake_is_answered_by_one_sentence(bnonly, args, answer):
     done = bnonly(*args)
     assert done.returncode == 1 and answer in done.stderr

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from bnonly.experiment import Spec, load_record, results, run_dir
-from bnonly.sweep import Claim, claims, failure, missing, retry, state, sweep
+from bnonly.experiment import Claim, Spec, claims, load_record, results, run_dir
+from bnonly.sweep import failure, kept, missing, retry, state, sweep, unfinished
 from bnonly.train import fit
 from fastai.callback.core import Callback
 
@@ -45,6 +45,21 @@ assert not sweep("both", specs, workers=1, say=lambda _: None, after=after, paus
     assert [p.wait(300) for p in both] == [0, 0]
     assert sorted(log.read_text().split()) == sorted(Spec(arch="resnet8", epochs=1, seed=s).key for s in range(6))
     assert len(results("both")) == 6 and not list(run_dir(TINY, "both").parent.glob("*/claim-*"))
+
+
+def test_a_run_cut_off_before_its_notebook_gets_its_analysis_and_is_not_trained_again():
+    "The record is there, sealed; killed between it and the notebook, or the notebook edited, the next sweep makes up for it."
+    seen = []
+    def after(spec, study): seen.append(spec)
+    record = fit(TINY)
+    assert missing("scratch", [TINY]) == [] and unfinished("scratch", [TINY]) == [TINY]
+    assert sweep("scratch", [TINY], workers=1, say=quiet, after=after) == {}
+    notebook = run_dir(TINY) / "train.ipynb"
+    assert kept(run_dir(TINY)) and seen == [TINY] and load_record(run_dir(TINY)) == record
+    good = notebook.read_text()
+    assert 'arch = \\"resnet8\\"' in good and "test accuracy" in good and "image/png" in good
+    notebook.write_text(good.replace("resnet8", "resnet9"))
+    assert not kept(run_dir(TINY)) and sweep("scratch", [TINY], workers=1, say=quiet) == {} and kept(run_dir(TINY))
 
 
 def test_a_full_disk_is_named_and_keeps_the_last_good_state(monkeypatch):

@@ -191,3 +191,31 @@ def test_a_record_that_appears_while_one_trains_is_left_alone():
     with pytest.raises(RuntimeError, match="finished by another process"):
         fit(TINY, cbs=[Other()])
     assert (run_dir(TINY) / "record.json").read_text() == "sealed by another"
+
+
+def test_two_who_fit_one_run_train_it_once():
+    "The second says whom it waits for and gets the same record; a reader of a finished run needs to write nothing."
+    from threading import Event, Thread
+    begun, told, trained, records = Event(), Event(), [], []
+
+    class Count(Callback):
+        order = 70
+        def after_epoch(self):
+            trained.append(self.epoch)
+            begun.set()
+            assert told.wait(60)
+    waits = lambda line: told.set() if "is being trained by process" in line else None
+    first = Thread(target=lambda: records.append(fit(TINY, cbs=[Count()])))
+    first.start()
+    assert begun.wait(60)
+    records.append(fit(TINY, cbs=[Count()], say=waits))
+    first.join()
+    assert told.is_set() and trained == [0, 1] and records[0] == records[1]
+    assert not list(run_dir(TINY).glob("claim-*"))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that nobody can write to")
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_trained(monkeypatch):
+    monkeypatch.setenv("BNONLY_RUNS", "/proc/runs")
+    with pytest.raises(OSError, match="/proc/runs/.* could not be written .*; free space or set BNONLY_RUNS"):
+        fit(TINY)
