@@ -354,13 +354,16 @@ def footnote(fig:plt.Figure, *told:str) -> plt.Figure:
     "Say under a figure what one must know to read it, and what it has to do without."
     marked = any(l.get_marker() == "*" for ax in fig.axes for l in ax.lines)
     text = "; ".join(t for t in (*told[:1], STAR if marked else "", *told[1:]) if t)
-    fig.supxlabel("\n".join(textwrap.wrap(text, int(fig.get_figwidth()*19))), x=.01, ha="left", fontsize=7, color="dimgray")
+    lines = textwrap.wrap(text, int(fig.get_figwidth()*19))
+    fig.set_figheight(fig.get_figheight() + .12*len(lines))   # the panels keep their height
+    fig.supxlabel("\n".join(lines), x=.01, ha="left", fontsize=7, color="dimgray")
     return fig
 
 def legend(fig:plt.Figure, columns:int=3):
     "One legend above all panels, chance last."
     found = {l: h for ax in fig.axes for h,l in zip(*ax.get_legend_handles_labels())}
     found = {l: found[l] for l in sorted(found, key=lambda l: l == "Chance")}
+    fig.set_figheight(fig.get_figheight() + .17*-(-len(found)//columns))
     fig.legend(found.values(), found, loc="outside upper center", ncols=columns)
 
 def empty(what:str, *told:str) -> plt.Figure:
@@ -396,7 +399,7 @@ def accuracy_figure(name:str,             # e.g. 'fig02'
     shown = [(f, v) for f,v in layout.panels if (stats.panel == f).any()]
     if not shown: return empty(layout.title, *missing)
     columns = 2 if len(shown) == 4 else len(shown)
-    fig, axes = plt.subplots(len(shown)//columns, columns, figsize=(WIDTH if columns > 1 else 5.4, 3.2 if len(shown) < 4 else 6), squeeze=False)
+    fig, axes = plt.subplots(len(shown)//columns, columns, figsize=(WIDTH if columns > 1 else 5.4, 2.6 if len(shown) < 4 else 5.2), squeeze=False)
     for ax,(f,v) in zip(axes.flat, shown): _panel(ax, table, layout, f, v)
     legend(fig, 2 if columns == 1 else 3)
     return footnote(fig, SPREAD, *missing)
@@ -462,7 +465,7 @@ def fig03(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     "Accuracy against the number of BatchNorm parameters, with its slope per doubling (the paper's Figure 3)."
     missing, stats = gaps(plan, table, ONLY_BN.lines, GROWING), budgets(table)
     if not len(stats): return empty(ONLY_BN.title, *missing)
-    fig, ax = plt.subplots(figsize=(6, 3.8))
+    fig, ax = plt.subplots(figsize=(6, 3.2))
     _budget_lines(ax, table, fits=True)
     _budget_axes(ax, stats, "BatchNorm")
     few = [GROWING[p][0].lower() for p,f in growth(table).items() if f is None]
@@ -505,7 +508,7 @@ def fig10(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     if left: missing.append(f"planned and not measured yet: {', '.join(dict.fromkeys(left))}")
     elif not len(small): missing.append("no small network in this study")
     if not len(stats) and not len(small): return empty("BatchNorm beside small networks", *missing)
-    fig, ax = plt.subplots(figsize=(6, 3.8))
+    fig, ax = plt.subplots(figsize=(6, 3.2))
     _budget_lines(ax, table, fits=False)
     for (width,own),mark in zip(small.groupby("width"), "vs^D"):
         ax.errorbar(own.bn/1000, own["mean"], own.sd, fmt=mark, capsize=3, clip_on=False, color="tab:green", label=f"Small, Trainable ResNets, width {width:g}")

@@ -98,7 +98,7 @@ def fig04(features:pd.DataFrame,   # as `channels` gives it
     missing = lacks([s for s in plan if s.arch in (*FAVOURITES.values(), *cases.values())], features, *FAVOURITES)
     cases = {p: a for p,a in cases.items() if a}
     if not cases: return empty("The distribution of γ in a ResNet trained under both policies", *missing)
-    fig, axes = plt.subplots(1, len(cases), figsize=(WIDTH if len(cases) > 1 else 5.4, 3), squeeze=False)
+    fig, axes = plt.subplots(1, len(cases), figsize=(WIDTH if len(cases) > 1 else 5.4, 2.7), squeeze=False)
     for ax,(panel,arch) in zip(axes[0], cases.items()):
         histogram(ax, one := own[own.arch == arch], "gamma", panel)
         moments(ax, one)
@@ -140,7 +140,7 @@ def bar_figure(stats:pd.DataFrame,   # of `summary`, with series and paper
     stats = panels(stats)
     names = [f for f in RESNETS if f in set(stats.panel)]
     if not names: return None
-    fig, axes = plt.subplots(1, len(names), figsize=(WIDTH if len(names) > 1 else 5.4, 3.3), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(names), figsize=(WIDTH if len(names) > 1 else 5.4, 2.6), sharey=True, squeeze=False)
     for ax,name in zip(axes[0], names):
         bar_panel(ax, own := stats[stats.panel == name], series)
         ax.set(xlabel=f"{name} on {images(table, own)}", ylabel=ylabel if ax is axes[0][0] else "")
@@ -204,7 +204,7 @@ def grid(table, panel, draw) -> plt.Figure:   # draw: called with axis, rows and
     archs = members(table, panel)
     columns = 2 if len(archs) in (2, 4) else min(3, len(archs))
     rows = -(-len(archs)//columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(WIDTH if columns > 1 else 4.5, 2.3*rows + .4), squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(WIDTH if columns > 1 else 4.5, 2.2*rows), squeeze=False)
     for ax in axes.flat[len(archs):]: ax.axis("off")
     for ax,arch in zip(axes.flat, archs): draw(ax, table[table.arch == arch], panel)
     for ax in axes[:, 1:].flat: ax.set_ylabel("")
@@ -301,7 +301,7 @@ def fig_decay(features:pd.DataFrame,   # as `channels` gives it
     left = [s.key for s in plan if s.policy in PAIR and s.weight_decay != Spec.weight_decay and s.key not in done]
     left = [f"planned and not measured yet: {'; '.join(left)}"] if left else []
     if not len(own): return empty("BatchNorm alone under several weight decays", *left or ["no network of this study was trained under more than one"])
-    fig, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.2))
+    fig, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.6))
     for (w,g),color in zip(own[own.policy == "bn"].groupby("weight_decay"), DECAYS):
         axes[0].hist(g.gamma, bins(own.gamma), density=True, histtype="step", color=color, label=f"BatchNorm, weight decay {w:g} (n = {g.seed.nunique()})")
         if len(cut): curve(axes[2], cut[(cut.weight_decay == w) & (cut.policy == "bn")], color)

@@ -90,11 +90,13 @@ def _where(run):
     odd = [n for n in Spec.__dataclass_fields__ if n not in ("arch", "policy", "seed", "data", "epochs", *FREE) and n in run and run[n] != getattr(paper, n)]
     return run["images"], run["epochs"], ", ".join(f"{n}={run[n]}" for n in odd) if run["data"] == paper.data else ""
 
-def points_of(runs:pd.DataFrame, words:str, column:str="accuracy") -> dict:   # network to Point
+def points_of(runs:pd.DataFrame,       # of one recipe in each family
+              words:str,               # a selection
+              column:str="accuracy"    # of the table
+             ) -> dict:                # network to Point
     "The mean of a column over seeds, for each selected network that has it."
     s = select(words)
     if column not in runs or not len(runs): return {}
-    runs = plain(runs, FREE)
     own = runs[(runs.policy == s.policy) & (runs.bn_init == s.bn_init) & (runs.init == s.init)]
     if column != "failed": own = own[own.status == "complete"]
     panel = PANELS.get(s.which, ())
@@ -507,7 +509,7 @@ def ledger(runs:pd.DataFrame,              # as `gather` gives it
            claims:Iterable[Claim]=CLAIMS
           ) -> pd.DataFrame:               # one row a claim
     "Every claim beside what was measured, and its verdict."
-    rows = []
+    runs, rows = plain(runs, FREE) if len(runs) else runs, []
     for c in claims:
         items = c.measure(runs)
         if not _belongs(c, items): items = []
