@@ -37,6 +37,7 @@ def family(arch:str          # e.g. 'resnet56'
     deep, wide = ("ResNet", depth, f"{depth}"), ("WRN", width, f"{depth}-{width:g}")
     return ([deep] if width == 1 else []) + ([wide] if depth == 14 and width >= 1 else [])
 
+# %% ../nbs/07_accuracy.ipynb #b4373184
 def panels(table:pd.DataFrame   # with a column arch
           ) -> pd.DataFrame:    # the same rows with columns panel, at, tick; some rows twice
     "Put each row into the panels its network belongs to. A panel whose networks all stand in another is left out."
@@ -47,7 +48,7 @@ def panels(table:pd.DataFrame   # with a column arch
     spare = {p for i,p in enumerate(names) for j,q in enumerate(names) if shown[p] < shown[q] or (shown[p] == shown[q] and j < i)}
     return wide[~wide.panel.isin(spare)]
 
-# %% ../nbs/07_accuracy.ipynb #de6f5f11
+# %% ../nbs/07_accuracy.ipynb #58a70bce
 SCENE = "arch", "policy", "seed"   # the fields of a `Spec` that are not its recipe
 
 def papers_recipe(arch:str) -> Spec:
@@ -55,6 +56,7 @@ def papers_recipe(arch:str) -> Spec:
     if parse_arch(arch).family != "imagenet": return Spec(arch=arch, data="cifar10", epochs=160)
     return Spec(arch=arch, data="imagenet", epochs=90, batch_size=1024, lr=.4, schedule="imagenet")
 
+# %% ../nbs/07_accuracy.ipynb #de6f5f11
 def plain(table:pd.DataFrame,   # with the fields of a spec as columns
           free:tuple=()         # fields that may differ
          ) -> pd.DataFrame:     # its rows of one recipe in each family
@@ -72,16 +74,18 @@ def plain(table:pd.DataFrame,   # with the fields of a spec as columns
         kept += rows.index.tolist()
     return table.loc[sorted(kept)].reset_index(drop=True)
 
-# %% ../nbs/07_accuracy.ipynb #d44670d3
+# %% ../nbs/07_accuracy.ipynb #f7b8864a
 def left_out(table:pd.DataFrame,   # as `results` gives it
              free:tuple=("bn_init",)
             ) -> str:
     "A sentence on the runs of other recipes, or nothing."
-    shown = plain(table, free)
+    shown, kind, odd = plain(table, free), lambda t: t.arch.map(lambda a: parse_arch(a).family), {}
     rest = table[~table.folder.isin(shown.folder)]
-    odd = [f"{n}={v:g}" if isinstance(v, float) else f"{n}={v}" for n in Spec.__dataclass_fields__ if n not in (*SCENE, *free)
-           for v in sorted(set(rest[n]) - set(shown[n]))]
-    return f"{len(rest)} runs of another recipe are not in the paper's figures: {', '.join(odd)}." if len(rest) else ""
+    for k,own in rest.groupby(kind(rest), sort=False):
+        for n in [n for n in Spec.__dataclass_fields__ if n in table and n not in (*SCENE, *free)]:
+            odd.setdefault(n, set()).update(set(own[n]) - set(shown[kind(shown) == k][n]))
+    told = "; ".join(f"{n} {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in sorted(vs))}" for n,vs in odd.items() if vs)
+    return f"{rest.folder.nunique()} runs of another recipe are not in the paper's figures: {told}." if told else ""
 
 # %% ../nbs/07_accuracy.ipynb #242803ed
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 200: (3, 24, 36, 3)}
@@ -170,6 +174,7 @@ def rounded(value) -> str:
     unit, letter = (1e6, "M") if value >= 1e6 else (1e3, "K")
     return f"{value/unit*(1 + 1e-9):#.3g}".rstrip(".") + letter   # halves are rounded up, as by hand
 
+# %% ../nbs/07_accuracy.ipynb #ec38bff7
 def draw_table(table:pd.DataFrame   # as `specifications` gives it
               ) -> plt.Figure:
     "A table of networks as the paper lays it out."
@@ -329,6 +334,7 @@ def _ends(limits, stats):
     low, high = (stats["mean"] - stats.sd.fillna(0)).min(), (stats["mean"] + stats.sd.fillna(0)).max()
     return min(limits[0], np.floor(low)), max(limits[1], min(100, np.ceil(high + .5)))
 
+# %% ../nbs/07_accuracy.ipynb #0bc2cb9f
 def accuracy_panel(ax, stats, lines, limits=(0, 100), value="accuracy"):
     "One family: accuracy against depth or width, a line for each set of numbers that may move."
     ticks = stats.drop_duplicates("at").sort_values("at")
@@ -359,6 +365,7 @@ def footnote(fig:plt.Figure, *told:str) -> plt.Figure:
     fig.supxlabel("\n".join(lines), x=.01, ha="left", fontsize=7, color="dimgray")
     return fig
 
+# %% ../nbs/07_accuracy.ipynb #da1b5788
 def legend(fig:plt.Figure, columns:int=3):
     "One legend above all panels, chance last."
     found = {l: h for ax in fig.axes for h,l in zip(*ax.get_legend_handles_labels())}
@@ -374,7 +381,7 @@ def empty(what:str, *told:str) -> plt.Figure:
     ax.text(.5, .5, "\n".join(text), ha="center", va="center", fontsize=8, color="dimgray")
     return fig
 
-# %% ../nbs/07_accuracy.ipynb #b6dd43c4
+# %% ../nbs/07_accuracy.ipynb #a73d3c22
 def _panel(ax, table, layout, name, value):
     stats = points(table, layout, value)
     stats = stats[stats.panel == name]
@@ -384,6 +391,7 @@ def _panel(ax, table, layout, name, value):
     first = "Top-1 Test Accuracy (%)" if name.startswith("ImageNet") else "Test Accuracy (%)"
     ax.set(xlabel=f"{name} on {images(table, stats)}", ylabel="Top-5 Test Accuracy (%)" if value == "top5" else first)
 
+# %% ../nbs/07_accuracy.ipynb #b6dd43c4
 def images(table, stats) -> str:
     "What the images of some points are called."
     return " and ".join(sorted(set(plain(table, free=("bn_init",)).query("arch in @stats.arch").images)))
@@ -490,7 +498,7 @@ def small_resnets(budget:int,           # of parameters in all
         if abs(totals[name] - budget) <= tolerance*budget: found[name] = totals[name]
     return found
 
-# %% ../nbs/07_accuracy.ipynb #d658245d
+# %% ../nbs/07_accuracy.ipynb #0a7931e4
 def small_runs(table:pd.DataFrame   # as `results` gives it
               ) -> pd.DataFrame:    # one row a network with mean, sd, n and bn, its total
     "Fully trainable ResNets narrower than the paper's."
@@ -501,6 +509,7 @@ def small_runs(table:pd.DataFrame   # as `results` gives it
     total = own.drop_duplicates("arch").set_index("arch").total
     return summary(own).assign(bn=lambda s: s.arch.map(total), width=lambda s: s.arch.map(lambda a: parse_arch(a).width))
 
+# %% ../nbs/07_accuracy.ipynb #d658245d
 def fig10(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     "Training only BatchNorm beside small networks that train in full (the paper's Figure 10)."
     stats, small, missing = budgets(table), small_runs(table), gaps(plan, table, ONLY_BN.lines, GROWING)
@@ -539,6 +548,7 @@ def ordering(table:pd.DataFrame   # as `results` gives it
             if one in get and two in get: rows.append(_compare(get[one], get[two]))
     return pd.DataFrame(rows).drop_duplicates(ignore_index=True)   # resnet14 opens two panels
 
+# %% ../nbs/07_accuracy.ipynb #cb2330dd
 def _compare(one, two):
     name = lambda r: f"{r['arch']} {r['policy']}"
     show = lambda r: f"{r['mean']:.1f} ± {r['sd']:.1f} ({r['n']})" if r["n"] > 1 else f"{r['mean']:.1f} (1)"

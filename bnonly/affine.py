@@ -189,6 +189,7 @@ def fig06(curves:pd.DataFrame,   # as `clamped` gives it
         if "on ImageNet" in ax.get_xlabel(): ax.set_ylabel("Change in Top-1 Accuracy (%)")
     return footnote(fig, SPREAD, *missing)
 
+# %% ../nbs/08_affine.ipynb #708e5779
 def clip(ax, low, high):
     "Cut an axis of bars, and write what is cut off."
     ax.set_ylim(low, high)
@@ -211,6 +212,7 @@ def grid(table, panel, draw) -> plt.Figure:   # draw: called with axis, rows and
     legend(fig)
     return fig
 
+# %% ../nbs/08_affine.ipynb #4da0e4e5
 def distributions(features:pd.DataFrame,   # as `channels` gives it
                   name:str,                # 'fig15' to 'fig22'
                   plan:list=()             # the runs of the study, to say what is missing
@@ -233,6 +235,7 @@ def in_numbers(table:pd.DataFrame,      # as `results` gives it
             ("gammas below 0.01, all parameters (%)", 4, 5, small["all"])]
     return pd.DataFrame([_beside(*r) for r in rows if r[-1].notna().any()], columns=["statement", "the paper", "here", "networks", "verdict"])
 
+# %% ../nbs/08_affine.ipynb #ce793822
 def _means(table, value):
     "Means over seeds, networks by policies; empty columns where there is nothing."
     stats = summary(table, value)
@@ -325,6 +328,7 @@ def decay_bars(ax, stats):
     ax.set_xticks(x, [f"{w:g}" for w in decays])
     ax.set(xlabel="Weight decay", ylabel="Fraction of |γ| < 0.01 (%)")
 
+# %% ../nbs/08_affine.ipynb #30bc80e8
 def curve(ax, own, color):
     "Accuracy against the share of gammas set to zero, mean and standard deviation over seeds."
     even = own[~own.threshold.isin(THRESHOLDS)]

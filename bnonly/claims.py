@@ -50,11 +50,12 @@ def gather(study:str) -> pd.DataFrame:
     clamped = features.clamped(study)
     return per_run(results(study), features.channels(study), clamped)
 
-# %% ../nbs/12_claims.ipynb #8b0b4649
+# %% ../nbs/12_claims.ipynb #16698323
 FAMILIES = dict(deep=DEEP, wide=WIDE, cifar=[*DEEP, *WIDE[1:]], imagenet=IMAGENET, vgg=VGG, resnets=[*DEEP, *WIDE[1:], *IMAGENET])
 PANELS = dict(deep=("ResNet",), wide=("WRN",), cifar=("ResNet", "WRN"), imagenet=("ImageNet ResNet",), vgg=("VGG",),
               resnets=("ResNet", "WRN", "ImageNet ResNet"))
 
+# %% ../nbs/12_claims.ipynb #31763ad7
 class Select(NamedTuple):
     "Some runs of a study."
     archs: tuple
@@ -90,6 +91,7 @@ def _where(run):
     odd = [n for n in Spec.__dataclass_fields__ if n not in ("arch", "policy", "seed", "data", "epochs", *FREE) and n in run and run[n] != getattr(paper, n)]
     return run["images"], run["epochs"], ", ".join(f"{n}={run[n]}" for n in odd) if run["data"] == paper.data else ""
 
+# %% ../nbs/12_claims.ipynb #4510efb2
 def points_of(runs:pd.DataFrame,       # of one recipe in each family
               words:str,               # a selection
               column:str="accuracy"    # of the table
@@ -144,6 +146,7 @@ class Claim(NamedTuple):
     exact: bool = False        # a count, which needs no run
     single: float = 2.         # the margin where there is one seed, and the most a spread can give
 
+# %% ../nbs/12_claims.ipynb #d09d5ecb
 def _item(name, a, b=None):
     if b is None: return Item(name, a.value, a.sd/a.n**.5, a.sd, a.n, (a,))
     se = (a.sd**2/a.n + b.sd**2/b.n)**.5
@@ -232,7 +235,7 @@ def strata(id, place, words):
         return _small_items(table, _over(small[small.width > .125], small[small.width == .125]))
     return Claim(id, place, words, "above", 0, np.inf, measure, ("deep bn",), ordering=True)
 
-# %% ../nbs/12_claims.ipynb #7a7c1c60
+# %% ../nbs/12_claims.ipynb #234344bd
 def _size(arch, *parts):
     "Numbers in some parts of a network of the paper."
     n = sizes(arch, 1000 if parse_arch(arch).family == "imagenet" else 10)
@@ -242,6 +245,7 @@ def _largest_share(archs): return max(100*_size(a, "bn")/_size(a, "total") for a
 def _channels(arch): return sum(out for *_,out in convolutions(arch))
 _BSO = "bn", "shortcut", "output"
 
+# %% ../nbs/12_claims.ipynb #7a7c1c60
 COUNTS = [
     count("share-most", "Section 1", "BatchNorm's largest share of a network, in percent", "0.6", lambda: _largest_share([*FAMILIES["cifar"], *IMAGENET]), .05),
     count("share-cifar", "Section 4", "BatchNorm's largest share of a CIFAR-10 network, in percent", "0.64", lambda: _largest_share(FAMILIES["cifar"]), .005),
@@ -311,6 +315,7 @@ OUTPUT = [
     above("bn-over-output-imagenet", "Section 6", "BatchNorm beats the output layer on ImageNet, top-5", "imagenet bn", "imagenet output", "top5"),
 ]
 
+# %% ../nbs/12_claims.ipynb #067dc135
 DEPTH_WIDTH = [
     gap("depth-over-width", "Section 4", "ResNet-434 above WRN-14-32 with as many gammas and betas (points)", 7, "resnet434 bn", "wrn14-32 bn"),
     fitted("slope-depth", "Figure 3", "points of accuracy per doubling of BatchNorm parameters, by depth", 5.897, ["deep bn"],
@@ -328,6 +333,7 @@ DEPTH_WIDTH = [
            lambda f, t: _last_residual(t), 0),
 ]
 
+# %% ../nbs/12_claims.ipynb #2da57100
 def _last_residual(table):
     own = budgets(table)
     own = own[own.panel == "ResNet"]
@@ -397,6 +403,7 @@ SMALL = [
     level("clamp05-all", "Section 5", "change when gammas below 0.05 are set to 0, all parameters, but for the deepest and widest (points)", 0, f"{SHALLOWER} all", "clamp05", 1.),
 ]
 
+# %% ../nbs/12_claims.ipynb #bc763c4c
 SILENT = [
     level("silent-bn", "Section 5", "share of ReLUs that are silent on 99% of inputs, BatchNorm only", (28, 39), "resnets bn", "silent"),
     level("silent-all-cifar", "Section 5", "the same with all parameters, CIFAR-10", (0, 10), "cifar all", "silent", shown="at most 10"),
@@ -444,6 +451,7 @@ INITIALIZATIONS = [
           "resnet434,resnet866 all positive", "failed", shown="many"),
 ]
 
+# %% ../nbs/12_claims.ipynb #adb1d6cd
 SHORTCUTS = [
     level("r110-shortcuts", "Appendix G", "ResNet-110, BatchNorm, shortcuts and output: test accuracy", 74.6, "resnet110 bn+shortcut+output", tolerance=.05),
     gap("r110-shortcuts-add", "Appendix G", "what shortcuts and output add in ResNet-110 (points)", 5, "resnet110 bn+shortcut+output", "resnet110 bn"),
@@ -474,6 +482,7 @@ def _belongs(claim, items):
     named = not claim.ordering and any(not select(w).which for w in claim.needs)
     return not named or all(w[0].startswith(("CIFAR-10", "ImageNet")) for i in items for p in i.used for w in p.where)
 
+# %% ../nbs/12_claims.ipynb #4fd1583a
 def verdict(claim:Claim, items:list[Item]) -> str:
     "What a claim comes to, by the one rule."
     ok = all(agrees(i, claim.low, claim.high, claim.tolerance, claim.ordering, claim.single) for i in items)
@@ -505,6 +514,7 @@ def needs(claim:Claim) -> str:
     archs, scales = _wanted(claim)
     return f"{'; '.join(claim.needs)} on {' and '.join(f'{i} for {e} epochs' for i,e,_ in sorted(scales))}"
 
+# %% ../nbs/12_claims.ipynb #d7a4041d
 def ledger(runs:pd.DataFrame,              # as `gather` gives it
            claims:Iterable[Claim]=CLAIMS
           ) -> pd.DataFrame:               # one row a claim

@@ -127,6 +127,11 @@ def test_clamping_changes_logits_where_small_gammas_matter(model):
     assert (affine(model)["gamma"] == 0).mean() == .25
 
 
+def test_clamping_looks_at_the_size_and_not_at_the_sign(model):
+    put(model, torch.where(torch.arange(len(affine(model)["gamma"])) % 2 == 0, -.5, .05))
+    assert set(affine(clamp(model, .1))["gamma"].tolist()) == {-.5, 0.}
+
+
 def test_clamping_counts_by_arithmetic(model):
     "A known share of gammas below each threshold, and passes over the images only where something is clamped."
     n = len(affine(model)["gamma"])                       # 336
