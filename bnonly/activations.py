@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/09_activations.ipynb #e4070228
-from .accuracy import SERIES, save
-from .affine import FAMILIES, PAIR, absent, bar_figure, footnote, grid, heading, in_words, members, usual
+from .accuracy import SERIES, SPREAD, empty, footnote, plain, save
+from .affine import FAMILIES, PAIR, RESNETS, bar_figure, grid, heading, lacks, members
 from .experiment import Spec, preset, summary
 from .features import channels
 
@@ -21,8 +21,8 @@ SILENT = .99   # a ReLU that is zero more often than this counts as disabled
 
 def relus(features:pd.DataFrame   # as `channels` gives it
          ) -> pd.DataFrame:
-    "The channels that have a ReLU whose rate was measured, of runs at the paper's settings."
-    return usual(features[features.policy.isin(PAIR) & features.zero.notna()])
+    "The channels that have a ReLU whose rate was measured, of runs of one recipe."
+    return plain(features[features.policy.isin(PAIR) & features.zero.notna()])
 
 def silent(features:pd.DataFrame   # as `channels` gives it
           ) -> pd.DataFrame:       # one row a run, with the share in percent
@@ -34,18 +34,20 @@ def silent(features:pd.DataFrame   # as `channels` gives it
 # %% ../nbs/09_activations.ipynb #93a25855
 BANDS = {("cifar10", "bn"): (28, 39), ("cifar10", "all"): (0, 10), ("imagenet", "bn"): (28, 39), ("imagenet", "all"): (0, 2)}
 
-def fig07(features:pd.DataFrame   # as `channels` gives it
+def fig07(features:pd.DataFrame,   # as `channels` gives it
+          plan:list=()             # the runs of the study, to say what is missing
          ) -> plt.Figure:
     "The share of ReLUs that are zero in more than 99% of cases, by depth and width (the paper's Figure 7)."
-    own = relus(features)
-    if not len(own): return in_words("Figure 7 needs runs under the policies all and bn, analysed where their test images are.")
-    stats = summary(silent(own), "share")
-    stats = stats.assign(series=[SERIES[p][0] for p in stats.policy], paper=np.nan)
-    fig = bar_figure(stats, {SERIES[p][0]: (SERIES[p][1], 1) for p in PAIR}, own.images.iloc[0], "% of Activations Disabled")
-    bands = [(BANDS[d, p], SERIES[p][1]) for d in own.data.unique() for p in PAIR if (d, p) in BANDS]
-    for ax in fig.axes:
-        for (low,high),color in bands: ax.axhspan(low, high, color=color, alpha=.08, lw=0)
-    return fig
+    own, missing, fig = relus(features), lacks(plan, features[features.zero.notna()], *RESNETS), None
+    if len(own):
+        stats = summary(silent(own), "share")
+        stats = stats.assign(series=[SERIES[p][0] for p in stats.policy], paper=np.nan)
+        fig = bar_figure(stats, {SERIES[p][0]: (SERIES[p][1], 1) for p in PAIR}, own, "% of Activations Disabled")
+    if fig is None: return empty("The share of silent ReLUs in ResNets", *missing)
+    bands = [(ax, BANDS["imagenet" if "on ImageNet" in ax.get_xlabel() else "cifar10", p], SERIES[p][1])
+             for ax in fig.axes if " on CIFAR-10" in ax.get_xlabel() or " on ImageNet" in ax.get_xlabel() for p in PAIR]
+    for ax,(low,high),color in bands: ax.axhspan(low, high, color=color, alpha=.12, lw=0, zorder=0)
+    return footnote(fig, SPREAD, "pale: the range in the paper's text" if bands else "", *missing)
 
 # %% ../nbs/09_activations.ipynb #6a26df28
 FREQUENCIES = {"fig23": "ResNet", "fig24": "WRN", "fig25": "ImageNet ResNet"}
@@ -55,17 +57,18 @@ def frequency(ax, own, panel):
     for policy in [p for p in PAIR if (own.policy == p).any()]:
         label, color = SERIES[policy]
         ax.hist(own[own.policy == policy].zero, np.linspace(0, 1, 41), density=True, histtype="stepfilled", alpha=.5, color=color, label=label)
-    ax.set(xlabel="Pr[activation = 0]", ylabel="Density", xlim=(0, 1), title=heading(own, panel))
+    ax.set(xlabel="Pr[activation = 0]", ylabel="Density", xlim=(0, 1))
+    ax.set_title(heading(own, panel), fontsize=8)
 
 def frequencies(features:pd.DataFrame,   # as `channels` gives it
-                name:str                 # 'fig23' to 'fig25'
+                name:str,                # 'fig23' to 'fig25'
+                plan:list=()             # the runs of the study, to say what is missing
                ) -> plt.Figure:
     "Histograms of Pr[activation = 0] for every network of a family (the paper's Figures 23 to 25)."
     own, panel = relus(features), FREQUENCIES[name]
-    if not members(own, panel): return in_words(f"Figure {name[3:]} shows ReLUs in {FAMILIES[panel]}, and this study has no analysed run of them.")
-    fig = grid(own, panel, frequency)
-    fig.suptitle("Histogram of Pr[activation = 0]", fontsize=10)
-    return fig
+    missing = lacks(plan, features[features.zero.notna()], panel)
+    if not members(own, panel): return empty(f"Histograms of Pr[activation = 0] in {FAMILIES[panel]}", *missing)
+    return footnote(grid(own, panel, frequency), "all seeds together", *missing)
 
 # %% ../nbs/09_activations.ipynb #884e27b2
 def activity(features:pd.DataFrame   # as `channels` gives it

@@ -82,7 +82,7 @@ def correct(model,    # in evaluation mode
     import torch
     with torch.no_grad(): return int(sum((model(x).argmax(1) == y).sum() for x,y in batches))
 
-# %% ../nbs/06_features.ipynb #5684bd6f
+# %% ../nbs/06_features.ipynb #a73fac9a
 THRESHOLDS = .01, .05, .1    # the paper's
 SHARES = .2, .4, .6, .8      # of a network's gammas, for a curve
 
@@ -93,6 +93,7 @@ def clamp(model, threshold:float):
         for m in norms(model): m.weight[m.weight.abs() < threshold] = 0
     return model
 
+# %% ../nbs/06_features.ipynb #5684bd6f
 def clamping(model,       # is left clamped at the largest threshold
              batches,     # of test images
              hits:int     # how many of them the network names rightly as it is
@@ -122,6 +123,7 @@ def _digest(arrays):
     for n in sorted(arrays): h.update(n.encode() + np.ascontiguousarray(arrays[n]).tobytes())
     return h.hexdigest()
 
+# %% ../nbs/06_features.ipynb #132e7a6d
 def kept(folder:Path) -> dict:   # name to array; nothing where there are none of this record
     "The features beside a record; a file that is not as it was written is named in a warning and not read."
     path = Path(folder)/"features.safetensors"

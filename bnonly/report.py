@@ -101,7 +101,8 @@ def _kinds(arch):
 
 def stand_ins(table) -> dict:   # family to a phrase
     "What a study has in place of each of the paper's families."
-    found = {}
+    from bnonly.accuracy import plain
+    table, found = plain(table, free=("bn_init",)), {}
     for name in THE_PAPERS:
         own = table[(table.status == "complete") & table.arch.map(lambda a: name in _kinds(a)).astype(bool)]
         if not len(own): continue
@@ -192,7 +193,7 @@ def claims_html(study:str) -> str:
 # %% ../nbs/15_report.ipynb #d556fe14
 def overview(study:str) -> str:   # HTML
     "The first page of a report."
-    from bnonly.accuracy import ordering, plain
+    from bnonly.accuracy import left_out, ordering, plain
     from bnonly.affine import in_numbers
     from bnonly.features import channels
     table, plan, sealed = results(study), preset(study), records(study)
@@ -203,7 +204,7 @@ def overview(study:str) -> str:   # HTML
     short = len({s.key for s in plan} - {s.key for s in map(lambda r: Spec(**r["spec"]), sealed)})
     return page(f"bnonly: {study}", f"""<h1>Training only BatchNorm: the study <em>{html.escape(study)}</em></h1>
 <p>{len(table)} runs on {', '.join(sorted(set(table.images)))}, {', '.join(f'{e} epochs' for e in sorted(set(table.epochs)))},
-{table.seconds.sum()/60:.0f} minutes of training on {'; '.join(hosts)}. {f'{short} planned runs are not measured.' if short else ''}</p>
+{table.seconds.sum()/60:.0f} minutes of training on {'; '.join(hosts)}. {f'{short} planned runs are not measured.' if short else ''} {html.escape(left_out(table))}</p>
 <h2>Does the paper's ordering hold?</h2>{answer(ordering(table), in_numbers(plain(table), plain(channels(study))))}
 <h2>The paper's claims</h2>{claims_html(study)}<h2>Figures</h2>{figures_html(study, table)}<p class=small>With their text: {links}</p>
 <h2>Test accuracy, mean ± standard deviation (seeds)</h2>{spread(table)}<h2>Every run</h2>{table_html(shown)}

@@ -67,12 +67,64 @@ def test_other_recipes_are_not_among_the_points():
 
 
 def test_a_figure_says_what_it_lacks():
-    plan = [Spec(arch=a, policy=p) for a in ("resnet14", "resnet32") for p in ("bn", "all")]
-    table = runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60), ("resnet14", "all", 0, 90))
-    told = " / ".join(acc.gaps(plan, table, acc.LAYOUTS["fig12"]))
-    assert "1 planned run not measured yet: all: resnet32" in told
-    assert "shortcut+output: resnet14, resnet32" in told and "no network of the family: ImageNet ResNet" in told
-    assert "1 planned run not measured yet: all: resnet32" in acc.accuracy_figure("fig12", table, plan).get_supxlabel().replace("\n", " ")
+    "Whole networks by name, part of the seeds with their number, and a sentence for what the study does not plan."
+    plan = [Spec(arch=a, policy=p, seed=n) for a in ("resnet14", "resnet32") for p in ("bn", "all") for n in (0, 1)]
+    table = runs(("resnet14", "bn", 0, 50), ("resnet14", "bn", 1, 50), ("resnet32", "bn", 0, 60), ("resnet14", "all", 0, 90), ("resnet14", "all", 1, 90))
+    layout = acc.LAYOUTS["fig12"]
+    told = acc.gaps(plan, table, layout.lines, [f for f, _ in layout.panels])
+    assert told == ["planned and not measured yet: all of resnet32; bn of resnet32 (1 of 2 seeds)",
+                    "not in this study: bn+shortcut+output of resnet14, resnet32; shortcut+output of resnet14, resnet32",
+                    "no network of the family: ImageNet ResNet"]      # ResNet-14 is the first of the wide ones
+    assert all(o in acc.accuracy_figure("fig12", table, plan).get_supxlabel().replace("\n", " ") for o in told)
+    done = runs(*((s.arch, s.policy, s.seed, 50) for s in plan))
+    assert acc.gaps(plan, done, (acc.ALL, acc.BN), ["ResNet"]) == []
+    assert acc.gaps(plan, done.assign(status="diverged"), (acc.BN,), ["ResNet"]) == ["planned and not measured yet: bn of resnet14, resnet32"]
+
+
+def test_no_panel_is_lost_and_none_is_drawn_twice():
+    shown = lambda *archs: list(dict.fromkeys(acc.panels(pd.DataFrame(dict(arch=archs))).panel))
+    assert shown("resnet14") == ["ResNet"] and shown("resnet14", "resnet32") == ["ResNet"] and shown("resnet14", "wrn14-2") == ["WRN"]
+    assert shown("resnet14", "resnet32", "wrn14-2", "resnet18") == ["ResNet", "WRN", "ImageNet ResNet"]
+    assert shown("wrn20-0.125") == []      # the small networks belong to Figure 10 alone
+
+
+@pytest.mark.parametrize("field,other", [("lr", .2), ("momentum", .5), ("batch_size", 64), ("epochs", 16), ("schedule", "imagenet"),
+                                         ("weight_decay", 0.), ("init", "binary"), ("data", "digits")])
+def test_no_field_of_the_recipe_is_mixed(field, other):
+    "Runs of the paper's recipe are drawn alone, however many there are of another; without them, those of the most common one."
+    usual = dict(data="cifar10", epochs=160)
+    one = runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60), **usual)
+    two = runs(*(("resnet14", "bn", s, 10) for s in range(3)), **usual | {field: other})
+    table = pd.concat([two, one])
+    means = lambda t: acc.points(t, acc.LAYOUTS["fig02"])["mean"].tolist()
+    assert means(table) == [50, 60] == acc.budgets(table)["mean"].tolist()
+    assert means(two) == [10] and f"{field} {other if isinstance(other, str) else f'{other:g}'}" in acc.left_out(table)
+    assert acc.left_out(one) == ""
+    odd = pd.concat([two, runs(("resnet32", "bn", 0, 60), **usual | {field: other, "momentum": .7})])
+    assert means(odd) == [10]
+
+
+def test_each_family_has_its_own_recipe():
+    table = pd.concat([runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60)), runs(("resnet18", "bn", 0, 20), ("resnet34", "bn", 0, 30), epochs=5)])
+    assert sorted(acc.points(table, acc.LAYOUTS["fig02"])["mean"]) == [20, 30, 50, 60]
+
+
+def test_a_single_seed_has_no_bar():
+    "Its spread is unknown, which is not a spread of zero."
+    table = runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60), ("resnet32", "bn", 1, 62))
+    ax = acc.accuracy_figure("fig02", table).axes[0]
+    (one, two), = [c.get_segments() for c in ax.collections]
+    assert np.isnan(one).any() or len(one) == 0
+    assert two[:, 1].tolist() == pytest.approx([61 - 2**.5, 61 + 2**.5])
+
+
+def test_tables_are_exact_in_csv_and_rounded_in_the_picture():
+    acc.save_table(acc.tableC1(), "tableC1", "x")
+    folder = acc.runs_dir() / "x/figures"
+    assert pd.read_csv(folder / "tableC1.csv").Total.tolist() == [9_231_114, 9_416_010, 14_728_266, 20_040_522]
+    assert (folder / "tableC1.png").exists() and (folder / "tableC1.svg").exists()
+    printed = [t.get_text() for t in acc.draw_table(acc.table1()).axes[0].texts]
+    assert {"ResNet for ImageNet", "14.0M", "64.7K", "0.64%", "10.83%", "650"} <= set(printed)
 
 
 @pytest.mark.parametrize("name", [*acc.LAYOUTS, "fig03", "fig10"])

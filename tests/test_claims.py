@@ -116,3 +116,126 @@ def test_the_tally_counts_every_claim():
 def test_a_wide_spread_does_not_agree_with_anything():
     "Means 3 points off, with a standard error of 10: beyond the two points that a spread can give."
     assert said("r14-bn-acc", runs({("resnet14", "bn"): (41, 61)})) == "not reproduced"
+
+
+WIDER = [f"wrn14-{2**i}" for i in range(1, 6)]
+IMAGENETS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet200"]
+VGGS = ["vgg11", "vgg13", "vgg16", "vgg19"]
+COLUMNS = ["accuracy", "top5", "small01", "small05", "mean", "sd", "positive", "negative", "silent", "fixed", "sometimes", "clamp01", "clamp05", "failed"]
+
+
+@pytest.fixture(scope="module")
+def world():
+    "Random numbers for every run that the paper made, three seeds each, as a table and as a function that averages it."
+    rng, rows = np.random.RandomState(0), []
+    policies = ["bn", "all", "all-affine", "random2", "random4", "random8", "random16", "scattered2", "output", "bn+output", "output+random2",
+                "bn+shortcut+output", "shortcut+output"]
+    points = [(a, p, "uniform", "he_normal") for a in [*DEEP, *WIDER, *IMAGENETS, *VGGS] for p in policies]
+    points += [(a, p, "positive", "he_normal") for a in [*DEEP, *WIDER, *IMAGENETS] for p in ("bn", "all")]
+    points += [("resnet110", "bn", b, "he_normal") for b in ("ones", "symmetric")] + [("resnet110", "bn", "uniform", i) for i in ("he_uniform", "binary", "orthogonal")]
+    points += [(f"wrn{d}-{w}", "all", "uniform", "he_normal") for d, w in ((20, .125), (128, .125), (20, .25), (20, .5))]
+    for a, p, b, i in points:
+        recipe = dict(data="imagenet", epochs=90, batch_size=1024, lr=.4, schedule="imagenet") if a in IMAGENETS else dict(data="cifar10", epochs=160)
+        rows += [asdict(Spec(arch=a, policy=p, bn_init=b, init=i, seed=n, **recipe)) | dict(zip(COLUMNS, rng.rand(len(COLUMNS))*50)) | dict(
+            status="complete", images="ImageNet" if a in IMAGENETS else "CIFAR-10", trainable=sizes(a)["bn"], total=sizes(a)["total"]) for n in range(3)]
+    table = pd.DataFrame(rows).assign(folder=lambda t: t.index.astype(str))
+
+    def mean(arch, policy="bn", column="accuracy", bn_init="uniform", init="he_normal"):
+        found = [r[column] for r in rows if (r["arch"], r["policy"], r["bn_init"], r["init"]) == (arch, policy, bn_init, init)]
+        assert len(found) == 3
+        return sum(found)/3
+    return table, mean
+
+
+def _each(archs, f):
+    return {f(a) for a in archs}
+
+
+CIFARS, RESNETS, DEEPS = [*DEEP, *WIDER], [*DEEP, *WIDER, *IMAGENETS], ["resnet110", "resnet218", "resnet434", "resnet866"]
+MEANT = {   # what each claim measures, said a second time
+    "r866-bn-acc": lambda m: {m("resnet866")},
+    "r200-bn-top5": lambda m: {m("resnet200", "bn", "top5")},
+    "bn-over-random2": lambda m: _each(CIFARS, lambda a: m(a) - m(a, "random2")),
+    "bn-over-random2-imagenet": lambda m: _each(IMAGENETS, lambda a: m(a, "bn", "top5") - m(a, "random2", "top5")),
+    "affine-cifar": lambda m: _each(CIFARS, lambda a: m(a, "all") - m(a, "all-affine")),
+    "affine-imagenet": lambda m: _each(IMAGENETS, lambda a: m(a, "all") - m(a, "all-affine")),
+    "random2-best": lambda m: {max(m(a, "random2") for a in CIFARS)},
+    "random2-best-imagenet": lambda m: {max(m(a, "random2", "top5") for a in IMAGENETS)},
+    "r110-all": lambda m: {m("resnet110", "all")},
+    "deeper": lambda m: {m(b) - m(a) for a, b in zip(DEEP, DEEP[1:])},
+    "wider": lambda m: {m(b) - m(a) for a, b in zip(["resnet14", *WIDER], WIDER)},
+    "deeper-imagenet": lambda m: {m(b, "bn", "top5") - m(a, "bn", "top5") for a, b in zip(IMAGENETS, IMAGENETS[1:])},
+    "r50-bn-top5": lambda m: {m("resnet50", "bn", "top5")},
+    "output-adds-top5": lambda m: _each(IMAGENETS, lambda a: m(a, "bn+output", "top5") - m(a, "bn", "top5")),
+    "output-adds-top1": lambda m: _each(IMAGENETS, lambda a: m(a, "bn+output") - m(a)),
+    "output-best-top1": lambda m: {max(m(a, "bn+output") for a in IMAGENETS)},
+    "r200-output-top1": lambda m: {m("resnet200", "output")},
+    "output-little": lambda m: _each(CIFARS, lambda a: m(a, "bn+output") - m(a)),
+    "depth-over-width": lambda m: {m("resnet434") - m("wrn14-32")},
+    "random2-gap": lambda m: _each(CIFARS, lambda a: m(a) - m(a, "random2")),
+    "scattered": lambda m: _each(CIFARS, lambda a: m(a, "scattered2") - m(a, "random2")),
+    "positive-imagenet": lambda m: _each(IMAGENETS, lambda a: m(a, "bn", "top5", "positive") - m(a, "bn", "top5")),
+    "random4-less": lambda m: _each(CIFARS, lambda a: m(a) - m(a, "random4")),
+    "random16-enough": lambda m: _each(CIFARS, lambda a: m(a, "random16") - m(a)),
+    "random8-shallow": lambda m: _each(DEEP[:3], lambda a: m(a, "random8") - m(a)),
+    "random8-deep-less": lambda m: _each(DEEPS, lambda a: m(a) - m(a, "random8")),
+    "random16-deep": lambda m: _each(DEEPS, lambda a: m(a, "random16") - m(a)),
+    "random2-output-cifar": lambda m: _each(CIFARS, lambda a: m(a, "output+random2") - m(a)),
+    "random2-output-below-imagenet": lambda m: _each(IMAGENETS, lambda a: m(a, "bn+output", "top5") - m(a, "output+random2", "top5")),
+    "disabled-third": lambda m: _each(RESNETS, lambda a: m(a, "bn", "small01")),
+    "few-disabled": lambda m: _each(RESNETS, lambda a: m(a, "bn", "small01") - m(a, "all", "small01")),
+    "smaller-wide": lambda m: {m(b, "all", "small05") - m(a, "all", "small05") for a, b in zip(["resnet14", *WIDER], WIDER)},
+    "r110-all-sd": lambda m: {m("resnet110", "all", "sd")},
+    "r110-bn-negative": lambda m: {m("resnet110", "bn", "negative")},
+    "r101-bn-mean": lambda m: {m("resnet101", "bn", "mean")},
+    "wider-gammas": lambda m: _each(RESNETS, lambda a: m(a, "bn", "sd") - m(a, "all", "sd")),
+    "small-all": lambda m: _each([*DEEP[:5], *WIDER[:4]], lambda a: m(a, "all", "small01")),
+    "small-all-cases": lambda m: _each(RESNETS, lambda a: m(a, "all", "small01")),
+    "r866-small05": lambda m: {m("resnet866", "all", "small05")},
+    "clamp01-bn": lambda m: _each(RESNETS, lambda a: m(a, "bn", "clamp01")),
+    "clamp05-all": lambda m: _each([*DEEP[:5], *WIDER[:4]], lambda a: m(a, "all", "clamp05")),
+    "silent-all-imagenet": lambda m: _each(IMAGENETS, lambda a: m(a, "all", "silent")),
+    "always-on-or-off": lambda m: _each(RESNETS, lambda a: m(a, "bn", "fixed") - m(a, "all", "fixed")),
+    "on-sometimes": lambda m: _each(RESNETS, lambda a: m(a, "all", "sometimes") - m(a, "bn", "sometimes")),
+    "vgg-affine": lambda m: _each(VGGS, lambda a: m(a, "all") - m(a, "all-affine")),
+    "vgg16-output-adds": lambda m: _each(VGGS[2:], lambda a: m(a, "bn+output") - m(a)),
+    "vgg-random2": lambda m: _each(VGGS, lambda a: m(a) - m(a, "random2")),
+    "vgg19-small": lambda m: {m("vgg19", "bn", "small01")},
+    "init-binary": lambda m: {m("resnet110", init="binary") - m("resnet110")},
+    "bn-init-ones": lambda m: {m("resnet110", bn_init="ones") - m("resnet110")},
+    "positive-all-sizes": lambda m: _each(CIFARS, lambda a: m(a, bn_init="positive") - m(a)),
+    "wrn32-positive-all": lambda m: {m("wrn14-32", "all", bn_init="positive") - m("wrn14-32", "all")},
+    "r200-positive-all": lambda m: {m("resnet200", "all", "top5", "positive") - m("resnet200", "all", "top5")},
+    "positive-fails": lambda m: {m(a, "all", "failed", "positive") for a in DEEP[-2:]},
+    "r866-shortcuts-add": lambda m: {m("resnet866", "bn+shortcut+output") - m("resnet866")},
+    "r101-shortcuts": lambda m: {m("resnet101", "bn+shortcut+output", "top5")},
+    "shortcuts-alone": lambda m: {m("resnet14", "shortcut+output") - m("resnet14")},
+    "slope-depth": lambda m: {np.polyfit(np.log2([sizes(a)["bn"] for a in DEEP]), [m(a) for a in DEEP], 1)[0]},
+    "steeper": lambda m: {100*(np.polyfit(np.log2([sizes(a)["bn"] for a in DEEP]), [m(a) for a in DEEP], 1)[0]
+                               / np.polyfit(np.log2([sizes(a)["bn"] for a in ["resnet14", *WIDER]]), [m(a) for a in ["resnet14", *WIDER]], 1)[0] - 1)},
+    "linear-width": lambda m: {abs(np.corrcoef(np.log2([sizes(a)["bn"] for a in ["resnet14", *WIDER]]), [m(a) for a in ["resnet14", *WIDER]])[0, 1])},
+}
+
+
+@pytest.mark.parametrize("id", MEANT)
+def test_a_claim_measures_what_it_says(id, world):
+    table, mean = world
+    items = BY_ID[id].measure(table)
+    assert sorted(i.value for i in items) == pytest.approx(sorted(MEANT[id](mean))) and len(items) == len(MEANT[id](mean))
+    assert all(w in (("CIFAR-10", 160, ""), ("ImageNet", 90, "")) for i in items for p in i.used for w in p.where)
+    assert cl.verdict(BY_ID[id], items) in ("reproduced", "not reproduced")
+
+
+def test_runs_of_another_recipe_do_not_count(world):
+    "They change no measured number while the paper's are there, and without those the verdict names what differs."
+    table, _ = world
+    other = table.assign(lr=.2, accuracy=99., seed=table.seed + 3)
+    for id in ("r14-bn-acc", "random2-gap", "slope-depth", "small-networks", "small-strata"):
+        assert cl.ledger(pd.concat([table, other]), [BY_ID[id]]).equals(cl.ledger(table, [BY_ID[id]]))
+    assert said("r14-bn-acc", other) == "does not hold on CIFAR-10, 160 epochs, lr=0.2"
+    assert said("r14-bn-acc", table.assign(images=lambda t: t.images + " (JPEG)")).startswith("does not hold on CIFAR-10 (JPEG), 160 epochs")
+
+
+def test_every_claim_is_measured_where_every_run_is_there(world):
+    found = cl.ledger(world[0])
+    assert set(found.verdict) == {"reproduced", "not reproduced"} and (found.measured != "").all()

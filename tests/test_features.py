@@ -127,6 +127,11 @@ def test_clamping_changes_logits_where_small_gammas_matter(model):
     assert (affine(model)["gamma"] == 0).mean() == .25
 
 
+def test_clamping_looks_at_the_size_and_not_at_the_sign(model):
+    put(model, torch.where(torch.arange(len(affine(model)["gamma"])) % 2 == 0, -.5, .05))
+    assert set(affine(clamp(model, .1))["gamma"].tolist()) == {-.5, 0.}
+
+
 def test_clamping_counts_by_arithmetic(model):
     "A known share of gammas below each threshold, and passes over the images only where something is clamped."
     n = len(affine(model)["gamma"])                       # 336
@@ -232,14 +237,15 @@ def table(**columns):
 def test_shares_of_small_gammas_and_silent_relus():
     "Of five channels two are below 0.01; four have a ReLU, and one of those is silent."
     from bnonly.activations import activity, silent
-    from bnonly.affine import small_gammas, usual
+    from bnonly.accuracy import plain
+    from bnonly.affine import small_gammas
     toy = table(layer=0, role=0, gamma=[0., -.009, .02, .06, -.5], beta=0., zero=[1., .99, .5, 0., np.nan])
     shares = small_gammas(toy)
     assert len(shares) == 6*3 and set(shares[shares.threshold == "0.01"].share) == {40.}
     assert set(shares[shares.threshold == "0.05"].share) == {60.} and set(shares[shares.threshold == "0.1"].share) == {80.}
     assert set(silent(toy).share) == {25.}
     assert activity(toy).loc[("resnet20", "bn")][["silent", "on", "between", "n"]].tolist() == [25., 25., 25., 2.]
-    assert set(usual(toy).weight_decay) == {1e-4}
+    assert set(plain(toy).weight_decay) == {1e-4}
 
 
 def test_decays_are_held_apart_and_against_decay_alone():
@@ -278,9 +284,10 @@ def test_figures_without_runs_say_so_in_words():
 
 
 def test_a_figure_names_the_runs_it_lacks():
-    from bnonly.affine import absent
+    from bnonly.affine import fig05, fig_decay, lacks
     plan = [Spec(arch=a, policy=p) for a in ("resnet20", "wrn14-2") for p in ("bn", "all", "random2")] + [Spec(arch="resnet20", weight_decay=0.)]
     none = channels("no such study")
-    assert absent(plan, none, "ResNet").startswith("2 planned runs of this figure are not measured: resnet20 bn, resnet20 all")
-    assert "wrn14-2" in absent(plan, none, "WRN") and absent(plan, none, "VGG") == ""
-    assert absent(plan, none, weight_decay={0.}).startswith("1 planned")
+    assert lacks(plan, none, "ResNet") == ["planned and not measured yet: all of resnet20; bn of resnet20"]
+    assert "wrn14-2" in lacks(plan, none, "WRN")[0] and lacks(plan, none, "VGG") == ["no network of the family: VGG"]
+    assert "all of resnet20, wrn14-2" in fig05(none, plan).axes[0].texts[0].get_text()
+    assert "weight_decay=0.0" in fig_decay(none, clamped("no such study"), plan).axes[0].texts[0].get_text().replace("\n", "")
