@@ -79,6 +79,7 @@ def prepare(model, device, dtype):
     if device.type == "cpu": keep_memory()
     model = accelerate(model.to(device, memory_format=torch.channels_last), dtype)
     if dtype != torch.float32: model.forward = partial(_rounded, model, device.type, dtype)
+    model.prepared = str(dtype).removeprefix("torch.")
     return model
 
 def _rounded(model, kind, dtype, x):
