@@ -96,7 +96,7 @@ def header_lied(rng, good, told, vectors):
     entry = header[name]
     what = rng.choice(["shape", "dtype", "data_offsets", "name", "drop", "twice", "junk"])
     if what == "shape": entry["shape"] = rng.choice([[], [2**62], [2**32, 2**32], [0], [-1], [entry["shape"][0], 1], [10**30], "all", [1.5]])
-    if what == "dtype": entry["dtype"] = rng.choice(["F16", "F64", "BF16", "I64", "U8", "BOOL", "F4096", 7, None])
+    if what == "dtype": entry["dtype"] = rng.choice([o for o in ("F16", "F64", "BF16", "I64", "F32", "U8", "BOOL", "F4096", 7, None) if o != entry["dtype"]])
     if what == "data_offsets": entry["data_offsets"] = rng.choice([[0, 2**60], [-8, 0], [0, 0], [8, 4], [2**63, 2**64], [0], "x"])
     if what in ("name", "drop"): header.pop(name)
     if what == "name": header[rng.choice(["conv.weight", "bn.gamma", "../x", "", "é" * 99])] = entry
