@@ -455,6 +455,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'bnonly.train._bytes': ('train.html#_bytes', 'bnonly/train.py'),
                               'bnonly.train._digest': ('train.html#_digest', 'bnonly/train.py'),
                               'bnonly.train._rounded': ('train.html#_rounded', 'bnonly/train.py'),
+                              'bnonly.train._tensorboard': ('train.html#_tensorboard', 'bnonly/train.py'),
+                              'bnonly.train._wandb': ('train.html#_wandb', 'bnonly/train.py'),
                               'bnonly.train.default_device': ('train.html#default_device', 'bnonly/train.py'),
                               'bnonly.train.default_dtype': ('train.html#default_dtype', 'bnonly/train.py'),
                               'bnonly.train.finish': ('train.html#finish', 'bnonly/train.py'),
@@ -470,4 +472,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'bnonly.train.set_random_states': ('train.html#set_random_states', 'bnonly/train.py'),
                               'bnonly.train.sgd': ('train.html#sgd', 'bnonly/train.py'),
                               'bnonly.train.step': ('train.html#step', 'bnonly/train.py'),
-                              'bnonly.train.top5': ('train.html#top5', 'bnonly/train.py')}}}
+                              'bnonly.train.top5': ('train.html#top5', 'bnonly/train.py'),
+                              'bnonly.train.trackers': ('train.html#trackers', 'bnonly/train.py')}}}

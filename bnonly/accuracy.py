@@ -19,8 +19,9 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.category import StrCategoryLocator
 from matplotlib.colors import to_hex
-from matplotlib.ticker import FixedFormatter
+from matplotlib.ticker import FixedLocator
 from scipy.stats import linregress
 
 # %% ../nbs/07_accuracy.ipynb #0707d04e
@@ -128,15 +129,16 @@ def tableC1() -> pd.DataFrame:
 def _artists(ax):
     "What stands on an axis: (kind, label, color, x, y, half the length of an error bar or None)."
     bars = {l: c for c in ax.containers for l in ([c.lines[0]] if hasattr(c, "has_yerr") else c.patches if hasattr(c, "patches") else [])}
+    lengths = lambda c: [np.ptp(s[:, 1])/2 if len(s) else np.nan for s in c.lines[2][-1].get_segments()]
     caps = {l for c in ax.containers if hasattr(c, "has_yerr") for l in c.lines[1]}
     for l in ax.get_lines():
         if l in caps: continue
         c, half = bars.get(l), None
-        if c is not None and c.has_yerr and c.lines[2]: half = [np.ptp(s[:, 1])/2 if len(s) else np.nan for s in c.lines[2][-1].get_segments()]
+        if c is not None and c.has_yerr and c.lines[2]: half = lengths(c)
         yield "line", (c or l).get_label(), l.get_color(), l.get_xdata(), l.get_ydata(), half if half is not None and len(half) == len(l.get_xdata()) else None
     for c in ax.containers:
         if not hasattr(c, "patches"): continue
-        error = [np.ptp(s[:, 1])/2 for s in c.errorbar.lines[2][-1].get_segments()] if getattr(c, "errorbar", None) else None
+        error = lengths(c.errorbar) if getattr(c, "errorbar", None) else None
         yield "bar", c.get_label(), c.patches[0].get_facecolor() if c.patches else None, [p.get_x() + p.get_width()/2 for p in c.patches], [p.get_height() for p in c.patches], error
     for p in ax.patches:
         if p not in bars and hasattr(p, "get_xy") and np.ndim(p.get_xy()) == 2: yield "outline", p.get_label(), p.get_facecolor(), *np.transpose(p.get_xy()), None
@@ -148,7 +150,7 @@ def drawn(fig:plt.Figure) -> pd.DataFrame:   # panel, kind, label, color, x, tic
     hexed = lambda c: to_hex(c) if c is not None and np.size(c) in (1, 3, 4) else ""
     rows = []
     for i,ax in enumerate(fig.axes):
-        fixed = isinstance(ax.xaxis.get_major_formatter(), FixedFormatter)
+        fixed = isinstance(ax.xaxis.get_major_locator(), (FixedLocator, StrCategoryLocator))
         ticks = dict(zip(np.round(ax.get_xticks(), 6), [t.get_text() for t in ax.get_xticklabels()])) if fixed else {}
         for kind,label,color,x,y,error in _artists(ax):
             x = np.asarray(ax.convert_xunits(x), float) if len(x) else []

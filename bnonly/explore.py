@@ -70,7 +70,7 @@ def sentences(told:dict, accuracy:float) -> str:   # HTML; accuracy: as trained,
 # %% ../nbs/14_explore.ipynb #d7815554
 def canvas(columns:int=1, wide:float=4.6) -> tuple:   # (figure, axes)
     "An empty figure for the screen."
-    fig = Figure(figsize=(wide, 2.6), dpi=100, layout="none")
+    fig = Figure(figsize=(wide, 2.6), dpi=90, layout="none")
     FigureCanvasAgg(fig)
     axes = fig.subplots(1, columns, squeeze=False)[0]
     fig.subplots_adjust(.6/wide, .19, 1 - .1/wide, .88, wspace=.22)
@@ -85,7 +85,7 @@ def distributions(found:dict, threshold:float, color:str) -> bytes:   # PNG
     "The histograms of gamma and beta; what is below the threshold is shaded."
     fig, axes = canvas(2, 9.4)
     for ax,name in zip(axes, ("gamma", "beta")):
-        ax.hist(found[name], bins(found[name]), color=color, alpha=.7)
+        ax.stairs(*np.histogram(found[name], bins(found[name])), fill=True, color=color, alpha=.7)
         ax.set(title=f"Distribution of {name}", xlabel=name, ylabel="channels")
     axes[0].axvspan(-threshold, threshold, color="black", alpha=.15, lw=0)
     return png(fig)

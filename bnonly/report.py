@@ -120,9 +120,9 @@ def _colors():
     from pygments.formatters import HtmlFormatter
     return HtmlFormatter(style="default").get_style_defs(".highlight")
 
-def table_html(table, kind="") -> str:
+def table_html(table, kind="", digits="{:.2f}") -> str:
     "A table that scrolls by itself where it is wider than the page."
-    return f"<div class=table>{table.to_html(index=False, border=0, float_format='{:.2f}'.format, na_rep='', classes=kind or None)}</div>"
+    return f"<div class=table>{table.to_html(index=False, border=0, float_format=digits.format, na_rep='', classes=kind or None)}</div>"
 
 def picture(file:Path, caption:str, number:str="") -> str:
     "A figure beside the page, with links to its data."
@@ -278,11 +278,11 @@ def overview(study:str) -> str:   # HTML
 def runs_page(study:str) -> str:   # HTML
     "Every run of a study, to sort and filter."
     table = results(study)
-    shown = table.drop(columns=["study", "folder"]).sort_values(["arch", "policy", "seed"], key=lambda c: c.map(parse_arch) if c.name == "arch" else c)
+    shown = table.drop(columns=["study", "folder", "epoch"], errors="ignore").sort_values(["arch", "policy", "seed"], key=lambda c: c.map(parse_arch) if c.name == "arch" else c)
     shown = shown[[c for c in shown if shown[c].nunique() > 1 or c in ("arch", "policy", "seed", "data", "status", "epochs")]]
     write(runs_dir()/study/"report"/"runs.csv", table.drop(columns="folder").to_csv(index=False))
     return page(f"Every run: {study}", f"""<h1>Every run</h1><p class=noprint><input type=search id=find placeholder='filter, e.g. resnet56 =bn' aria-label='filter the runs'>
-<span class=small><span id=count>{len(shown)}</span> of {len(shown)} runs · <a href='runs.csv'>data (CSV)</a></span></p>{table_html(shown, 'runs')}""", study, "runs", SORTING)
+<span class=small><span id=count>{len(shown)}</span> of {len(shown)} runs · <a href='runs.csv'>data (CSV)</a></span></p>{table_html(shown, 'runs', '{:.4g}')}""", study, "runs", SORTING)
 
 def site(study:str):
     "Write every page of a report but those of the executed notebooks."
