@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['choices', 'load', 'explorable', 'numbers', 'sentences', 'canvas', 'png', 'distributions', 'clamping', 'silence',
-           'learning', 'Explorer']
+           'learning', 'Explorer', 'serve']
 
 # %% ../nbs/14_explore.ipynb #a7fac509
-import io, time
+import io, os, subprocess, sys, time
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from .accuracy import SERIES
 from .affine import bins
 from .activations import SILENT
-from .experiment import parse_arch, presets, records
+from .experiment import parse_arch, presets, records, root
 from .features import kept
 
 # %% ../nbs/14_explore.ipynb #90013cea
@@ -178,3 +179,14 @@ class Explorer:
         row = lambda *ws: widgets.Box(ws, layout=widgets.Layout(flex_flow="row wrap"))
         p = self.pictures
         return widgets.VBox([row(*self.choices.values()), self.threshold, self.told, p["distributions"], row(p["clamping"], p["silence"]), self.others, p["learning"]])
+
+# %% ../nbs/14_explore.ipynb #de736181
+def serve(port:int=8866, wait:bool=True) -> subprocess.Popen:
+    "Serve the explorer at http://127.0.0.1:<port>, until Ctrl-C; `ValueError` where Voila is not installed."
+    from importlib.util import find_spec
+    if not find_spec("voila"): raise ValueError("bnonly explore needs Voila; pip install 'bnonly[explore]', or open nbs/14_explore.ipynb in JupyterLab.")
+    here = os.pathsep.join(filter(None, [str(files("bnonly")), os.environ.get("JUPYTER_PATH")]))
+    command = [sys.executable, "-m", "voila", root()/"nbs/14_explore.ipynb", "--template=offline", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
+    server = subprocess.Popen(command, env=os.environ | dict(JUPYTER_PATH=here))
+    if wait: print(f"the explorer is at http://127.0.0.1:{port}; Ctrl-C ends it"); server.wait()
+    return server

@@ -7,7 +7,7 @@ __all__ = ['MAIN', 'STYLE', 'SORTING', 'CAPTIONS', 'THE_PAPERS', 'BESIDES', 'HEA
            'as_html', 'pages', 'page', 'table_html', 'picture', 'stand_ins', 'caption', 'told', 'pictures',
            'figures_html', 'spread', 'answer', 'claims', 'claims_html', 'overview', 'runs_page', 'site', 'settings',
            'inputs', 'figures', 'report', 'train_command', 'study_command', 'report_command', 'figures_command',
-           'claims_command', 'parser', 'main']
+           'claims_command', 'explore_command', 'parser', 'main']
 
 # %% ../nbs/15_report.ipynb #ae39b163
 import hashlib, html, json, os, re, shutil, sys, warnings
@@ -392,6 +392,12 @@ def claims_command(study:str):
               + (f" (needs {r['needs']})" if r["needs"] else ""))
     print(f"\n{len(found)} claims: {tally(found)}")
 
+# %% ../nbs/15_report.ipynb #88ac3139
+def explore_command(port:int):
+    "Serve the explorer."
+    from bnonly.explore import serve
+    serve(port)
+
 # %% ../nbs/15_report.ipynb #8070354b
 COMMANDS = {"study": "train what a study still lacks", "figures": "draw every figure of a study",
             "claims": "print the paper's claims beside what a study measured", "report": "draw a study's figures and write its report"}
@@ -401,9 +407,11 @@ def parser():
     from argparse import ArgumentParser
     from fastcore.script import anno_parser
     p = ArgumentParser("bnonly", description="Train BatchNorm and only BatchNorm: a literate study.")
-    commands = p.add_subparsers(dest="command", metavar="train | study | figures | claims | report", required=True)
+    commands = p.add_subparsers(dest="command", metavar="train | study | figures | claims | report | explore", required=True)
     one = commands.add_parser("train", help="train one run", parents=[anno_parser(Spec)], add_help=False, conflict_handler="resolve")
     one.add_argument("--study", default="scratch", help="the folder under runs/ that keeps the record (default: scratch)")
+    look = commands.add_parser("explore", help="turn a run over in a browser")
+    look.add_argument("--port", type=int, default=8866, help="of the page on this machine (default: 8866)")
     for name,what in COMMANDS.items():
         own = commands.add_parser(name, help=what)
         own.add_argument("name", help="a section of settings.ini: demo, short, paper")
@@ -417,10 +425,11 @@ def parser():
     return p
 
 def main(argv:list|None=None):
-    "The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME."
+    "The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore."
     args = vars(parser().parse_args(argv))
     try:
         if args["command"] == "train": train_command(Spec(**{k: args[k] for k in Spec.__dataclass_fields__}), args["study"])
+        elif args["command"] == "explore": explore_command(args["port"])
         elif args["command"] == "study": study_command(args["name"], *(args[k] for k in ("workers", "only", "retry_failed", "dry_run", "engine", "gpus_per_run")))
         else: dict(figures=figures_command, claims=claims_command, report=report_command)[args["command"]](args["name"])
     except (ValueError, OSError) as e: sys.exit(f"bnonly: {e}")

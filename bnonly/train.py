@@ -244,7 +244,14 @@ def _wandb(spec, folder):
     from fastai.callback.wandb import WandbCallback
     folder.mkdir(parents=True, exist_ok=True)
     wandb.init(project="bnonly", name=spec.key, dir=folder, config=spec.__dict__)
-    return [WandbCallback(log_preds=False), Callback(after_fit=lambda: wandb.finish())]
+    class Told(WandbCallback):
+        def before_fit(self):   # the spec says it all; fastai's own gathering wants attributes that our callbacks do not have
+            self.learn.gather_args = dict
+            super().before_fit()
+    class Finish(Callback):
+        order = 70              # after Journal
+        def after_fit(self): wandb.finish()
+    return [Told(log_preds=False), Finish()]
 
 TRACKERS = dict(tensorboard=_tensorboard, wandb=_wandb)
 

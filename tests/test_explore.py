@@ -1,8 +1,5 @@
 "The explorer answers from the records, at once, and does so in a browser."
-import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from urllib.request import urlopen
@@ -66,15 +63,15 @@ def test_a_run_without_images_says_so():
 
 
 @pytest.fixture
-def voila():
+def voila(monkeypatch):
     "The explorer served as a page."
     pytest.importorskip("voila", reason="voila is not installed: pip install 'bnonly[dev]'")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = os.environ | {"BNONLY_RUNS": str(ROOT / "runs"), "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen([Path(sys.executable).parent / "voila", "nbs/14_explore.ipynb", f"--port={port}", "--no-browser", "--Voila.ip=127.0.0.1"],
-                              cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    monkeypatch.setenv("BNONLY_RUNS", str(ROOT / "runs"))
+    monkeypatch.chdir(ROOT)
+    server = explore.serve(port, wait=False)
     for _ in range(300):
         try:
             urlopen(f"http://127.0.0.1:{port}/voila/static/", timeout=1)
