@@ -152,11 +152,12 @@ def drawn(fig:plt.Figure) -> pd.DataFrame:   # panel, kind, label, color, x, tic
     for i,ax in enumerate(fig.axes):
         fixed = isinstance(ax.xaxis.get_major_locator(), (FixedLocator, StrCategoryLocator))
         ticks = dict(zip(np.round(ax.get_xticks(), 6), [t.get_text() for t in ax.get_xticklabels()])) if fixed else {}
+        panel = ", ".join(filter(None, [ax.get_title() or ax.get_xlabel(), ax.get_ylabel()])) or f"panel {i+1}"
         for kind,label,color,x,y,error in _artists(ax):
             x = np.asarray(ax.convert_xunits(x), float) if len(x) else []
-            rows += [dict(panel=ax.get_title() or f"panel {i+1}", kind=kind, label="" if not label or str(label).startswith("_") else label, color=hexed(color), x=a,
+            rows += [dict(panel=panel, kind=kind, label="" if not label or str(label).startswith("_") else label, color=hexed(color), x=a,
                           tick=ticks.get(round(a, 6), ""), y=b, error=e) for a,b,e in zip(x, np.asarray(y, float), error or [np.nan]*len(x))]
-    return pd.DataFrame(rows, columns=["panel", "kind", "label", "color", "x", "tick", "y", "error"])
+    return pd.DataFrame(rows, columns=["panel", "kind", "label", "color", "x", "tick", "y", "error"]).dropna(subset=["x", "y"])
 
 # %% ../nbs/07_accuracy.ipynb #c9e6431b
 def save(fig:plt.Figure,   # to keep

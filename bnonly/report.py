@@ -78,7 +78,7 @@ figcaption,.small{font:.86rem/1.5 var(--sans);color:var(--soft);max-width:var(--
 .table,.output_html,.jp-RenderedHTMLCommon{overflow-x:auto;max-width:100%}.table{margin:1.2rem 0}
 table{border-collapse:collapse;font:.83rem/1.42 var(--sans);font-variant-numeric:tabular-nums}
 th,td{padding:.32rem .8rem .32rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}th{font-weight:600;white-space:nowrap}
-td{overflow-wrap:normal}.dataframe{border:0}.runs td,.numbers td{white-space:nowrap}.runs th{cursor:pointer;user-select:none}
+td{overflow-wrap:normal}.claims td:nth-child(2){min-width:14rem}.claims td:nth-child(n+4){min-width:6.5rem}.claims td:nth-child(5){min-width:2.5rem}.dataframe{border:0}.runs td,.numbers td{white-space:nowrap}.runs th{cursor:pointer;user-select:none}
 .runs th::after{content:" \\2195";color:#c4c4c8}.runs th[aria-sort=ascending]::after{content:" \\2191";color:var(--ink)}.runs th[aria-sort=descending]::after{content:" \\2193";color:var(--ink)}
 input[type=search]{font:.95rem var(--sans);padding:.45rem .6rem;border:1px solid #bbb;border-radius:.35rem;width:min(100%,24rem)}
 pre{font:.8rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-x:auto;margin:.8rem 0;max-width:100%}
@@ -241,7 +241,7 @@ def claims(study:str):   # as `bnonly.claims.ledger` gives it
     if not records(study): raise ValueError(f"study {choose('study', study, presets())!r} has no finished run; train it first: bnonly study {study}.")
     found = ledger(gather(study))
     keep(found, study)
-    write(runs_dir()/study/"report"/"claims.html", page(f"The paper's claims: {study}", f"<h1>The paper's claims</h1><p class=small><a href='claims.csv'>data (CSV)</a></p>{table_html(found)}", study, "claims"))
+    write(runs_dir()/study/"report"/"claims.html", page(f"The paper's claims: {study}", f"<h1>The paper's claims</h1><p class=small><a href='claims.csv'>data (CSV)</a></p>{table_html(found.drop(columns='id'), 'claims')}", study, "claims"))
     return found
 
 def claims_html(study:str) -> str:
@@ -251,7 +251,7 @@ def claims_html(study:str) -> str:
     return (f"<p>{len(found)} claims: {html.escape(tally(found))}. Only what is measured on the paper's images, epochs and networks, or counted, "
             "can be reproduced. A number agrees within two standard errors (at most two points), or within the claim's tolerance where that is more; a claim about "
             "several networks holds when it does for each. <a href='claims.html'>All of them</a>, with the runs that the others need.</p>"
-            + table_html(found[found.verdict != "not measured"].drop(columns=["id", "needs"])))
+            + table_html(found[found.verdict != "not measured"].drop(columns=["id", "needs"]), "claims"))
 
 # %% ../nbs/15_report.ipynb #22dc1448
 HEADLINE = "fig02", "fig01"   # the first of them that a study has opens its report; else its first figure
