@@ -6,9 +6,9 @@
 __all__ = ['SCENE', 'DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL', 'BN', 'FIGURE2', 'CIFAR', 'FOUR', 'DISABLED',
            'NARROW', 'LAYOUTS', 'PAPER', 'SPREAD', 'STAR', 'WIDTH', 'GROWING', 'ONLY_BN', 'WIDTHS', 'SEEDS', 'family',
            'panels', 'papers_recipe', 'plain', 'left_out', 'convolutions', 'sizes', 'specifications', 'table1',
-           'tableC1', 'save', 'rounded', 'draw_table', 'save_table', 'Line', 'Layout', 'points', 'gaps', 'papers',
-           'accuracy_panel', 'corner', 'footnote', 'legend', 'empty', 'images', 'accuracy_figure', 'Fit', 'doubling',
-           'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs', 'fig10', 'verdict', 'ordering']
+           'tableC1', 'drawn', 'save', 'rounded', 'draw_table', 'save_table', 'Line', 'Layout', 'points', 'gaps',
+           'papers', 'accuracy_panel', 'corner', 'footnote', 'legend', 'empty', 'images', 'accuracy_figure', 'Fit',
+           'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs', 'fig10', 'verdict', 'ordering']
 
 # %% ../nbs/07_accuracy.ipynb #df5f7ece
 import textwrap
@@ -20,6 +20,9 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.category import StrCategoryLocator
+from matplotlib.colors import to_hex
+from matplotlib.ticker import FixedLocator
 from scipy.stats import linregress
 
 # %% ../nbs/07_accuracy.ipynb #0707d04e
@@ -159,15 +162,52 @@ def tableC1() -> pd.DataFrame:
     "The same for VGG, which has no shortcuts (the paper's Appendix C.1)."
     return specifications({"VGG for CIFAR-10": VGG}).drop(columns=["Shortcut", "Shortcut (%)"])
 
+# %% ../nbs/07_accuracy.ipynb #8fe7897e
+def _artists(ax):
+    "What stands on an axis: (kind, label, color, x, y, half the length of an error bar or None)."
+    bars = {l: c for c in ax.containers for l in ([c.lines[0]] if hasattr(c, "has_yerr") else c.patches if hasattr(c, "patches") else [])}
+    lengths = lambda c: [np.ptp(s[:, 1])/2 if len(s) else np.nan for s in c.lines[2][-1].get_segments()]
+    caps = {l for c in ax.containers if hasattr(c, "has_yerr") for l in c.lines[1]}
+    for l in ax.get_lines():
+        if l in caps: continue
+        c, half = bars.get(l), None
+        if c is not None and c.has_yerr and c.lines[2]: half = lengths(c)
+        yield "line", (c or l).get_label(), l.get_color(), l.get_xdata(), l.get_ydata(), half if half is not None and len(half) == len(l.get_xdata()) else None
+    for c in ax.containers:
+        if not hasattr(c, "patches"): continue
+        error = lengths(c.errorbar) if getattr(c, "errorbar", None) else None
+        yield "bar", c.get_label(), c.patches[0].get_facecolor() if c.patches else None, [p.get_x() + p.get_width()/2 for p in c.patches], [p.get_height() for p in c.patches], error
+    for p in ax.patches:
+        if p not in bars and hasattr(p, "get_xy") and np.ndim(p.get_xy()) == 2: yield "outline", p.get_label(), p.get_facecolor(), *np.transpose(p.get_xy()), None
+    for c in ax.collections:
+        if len(o := np.ma.filled(np.ma.asarray(c.get_offsets(), float), np.nan)) > 1: yield "points", c.get_label(), None, *o.T, None
+
+def drawn(fig:plt.Figure) -> pd.DataFrame:   # panel, kind, label, color, x, tick (the label of x, where there is one), y, error
+    "The numbers that a figure shows, a row each."
+    hexed = lambda c: to_hex(c) if c is not None and np.size(c) in (1, 3, 4) else ""
+    rows = []
+    for i,ax in enumerate(fig.axes):
+        fixed = isinstance(ax.xaxis.get_major_locator(), (FixedLocator, StrCategoryLocator))
+        ticks = dict(zip(np.round(ax.get_xticks(), 6), [t.get_text() for t in ax.get_xticklabels()])) if fixed else {}
+        panel = ", ".join(filter(None, [ax.get_title() or ax.get_xlabel(), ax.get_ylabel()])) or f"panel {i+1}"
+        for kind,label,color,x,y,error in _artists(ax):
+            x = np.asarray(ax.convert_xunits(x), float) if len(x) else []
+            rows += [dict(panel=panel, kind=kind, label="" if not label or str(label).startswith("_") else label, color=hexed(color), x=a,
+                          tick=ticks.get(round(a, 6), ""), y=b, error=e) for a,b,e in zip(x, np.asarray(y, float), error or [np.nan]*len(x))]
+    return pd.DataFrame(rows, columns=["panel", "kind", "label", "color", "x", "tick", "y", "error"]).dropna(subset=["x", "y"])
+
 # %% ../nbs/07_accuracy.ipynb #913436c5
 def save(fig:plt.Figure,   # to keep
          name:str,         # e.g. 'fig02'
-         study:str         # whose figures folder it goes to
+         study:str,        # whose figures folder it goes to
+         caption:str=""    # what it shows; kept inside the PNG, for the report
         ) -> plt.Figure:
-    "Keep a figure as PNG and SVG under runs/<study>/figures."
+    "Keep a figure as PNG, SVG and CSV under runs/<study>/figures."
     folder = runs_dir()/study/"figures"
     folder.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "svg"): fig.savefig(folder/f"{name}.{kind}")
+    fig.savefig(folder/f"{name}.png", metadata=dict(Description=caption or fig.get_suptitle()))
+    fig.savefig(folder/f"{name}.svg")
+    write(folder/f"{name}.csv", drawn(fig).to_csv(index=False))
     return fig
 
 def rounded(value) -> str:

@@ -82,7 +82,7 @@ def parse_arch(name:str   # e.g. 'resnet56', 'wrn14-4', 'vgg16', 'resnet50'
 
 # %% ../nbs/00_experiment.ipynb #d4889a01
 ALONE  = "all", "all-affine", "all-beta", "none"
-TOKENS = "bn", "gamma", "shortcut", "output", "random", "scattered"
+TOKENS = "bn", "norm", "gamma", "shortcut", "output", "random", "scattered"
 
 def parse_policy(policy:str    # tokens joined by '+', e.g. 'bn+output', 'random2', 'all'
                 ) -> tuple:    # (token, k) pairs in a fixed order; k is 0 but for random entries
@@ -92,8 +92,8 @@ def parse_policy(policy:str    # tokens joined by '+', e.g. 'bn+output', 'random
              for m in tokens]
     if not all(known):
         wrong = str(policy).split("+")[known.index(next(k for k in known if not k))]
-        choose("policy", wrong, [*ALONE, *TOKENS[:4], "random2", "scattered2"],
-               "all, all-affine, all-beta, none, or a sum of bn, gamma, shortcut, output, random<k>, scattered<k>")
+        choose("policy", wrong, [*ALONE, *TOKENS[:5], "random2", "scattered2"],
+               "all, all-affine, all-beta, none, or a sum of bn, norm, gamma, shortcut, output, random<k>, scattered<k>")
     found = sorted({(m[1], int(m[2] or 0)) for m in tokens}, key=lambda o: (ALONE+TOKENS).index(o[0]))
     if len(found) > 1 and any(t in ALONE for t,_ in found):
         raise ValueError(f"policy {policy!r} joins {found[0][0]!r}, which stands alone, with another; "

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 # %% ../nbs/03_policies.ipynb #8d74ee28
 from .experiment import parse_policy
-from .models import ROLES, generator, roles
+from .models import ROLES, generator, normalization, roles
 
 # %% ../nbs/03_policies.ipynb #e152f2e2
 class RandomEntries(nn.Module):
@@ -48,38 +48,52 @@ def choose_entries(token:str,       # 'random' (k in each output channel) or 'sc
 
 # %% ../nbs/03_policies.ipynb #590e588e
 POLICIES = {"all": "all parameters", "all-affine": "all but gamma and beta, which rest at 1 and 0",
-            "bn": "gamma and beta", "bn+output": "gamma, beta and the output layer", "output": "the output layer",
+            "bn": "gamma and beta", "norm": "gamma and beta of every normalization, whichever kind", "bn+output": "gamma, beta and the output layer", "output": "the output layer",
             "random2": "two random entries per output channel of every convolution",
             "random2+output": "those and the output layer", "shortcut+output": "convolutions on shortcuts and the output layer",
             "bn+shortcut+output": "gamma, beta, convolutions on shortcuts and the output layer", "none": "nothing",
             "gamma": "gamma, while beta rests at 0", "all-beta": "all but beta, which rests at 0"}
 
-def moving_roles(policy:str) -> set:   # of 'conv', 'bn', 'shortcut', 'output'
+def moving_roles(policy:str) -> set:   # of ROLES
     "The roles whose every number a policy trains."
     tokens = dict(parse_policy(policy))
     if "all" in tokens or "all-beta" in tokens: return set(ROLES)
-    if "all-affine" in tokens: return set(ROLES) - {"bn"}
-    return set(ROLES) & set(tokens)
+    if "all-affine" in tokens: return set(ROLES) - {"bn", "norm"}
+    return set(ROLES) & {*tokens, *(["bn"] if "norm" in tokens else [])}
 
 # %% ../nbs/03_policies.ipynb #a4cd1c74
-def freeze(model:nn.Module,    # from `create_model`, everything trainable
-           policy:str,         # e.g. 'bn', 'bn+output', 'random2', 'all'
-           seed:int=0          # of the random entries
-          ) -> nn.Module:      # the same model; what requires a gradient is exactly what may move
-    "Freeze all that `policy` does not train; `ValueError` for a policy that does not exist."
-    moving, tokens = moving_roles(policy), dict(parse_policy(policy))
+def freeze(model:nn.Module,            # from `create_model`, or any other
+           policy:str,                 # e.g. 'bn', 'bn+output', 'random2', 'all', 'norm'
+           seed:int=0,                 # of the random entries
+           output:str|tuple|None=None  # the output's module, where it cannot be told
+          ) -> nn.Module:              # the same model; what requires a gradient is exactly what may move
+    "Freeze all that `policy` does not train; `ValueError` for a policy that does not exist or trains nothing of the model."
+    moving, tokens, found = moving_roles(policy), dict(parse_policy(policy)), roles(model, output)
+    if not hasattr(model, "made"): _present(model, tokens, set(found.values()))
     if any(parametrize.is_parametrized(m) for m in model.modules()):
         raise ValueError("this model has random entries from an earlier freeze; make a new one with create_model.")
-    for name,role in roles(model).items(): model.get_parameter(name).requires_grad_(role in moving)
+    for name,role in found.items(): model.get_parameter(name).requires_grad_(role in moving)
     if "all-affine" in tokens: rest(model)
     if {"gamma", "all-beta"} & set(tokens): without_beta(model)
-    for token in {"random", "scattered"} & set(tokens): free_entries(model, token, tokens[token], moving, seed)
+    for token in {"random", "scattered"} & set(tokens): free_entries(model, found, token, tokens[token], moving, seed)
+    model.frozen = dict(policy=policy, seed=seed)
     return model
 
 def rest(model):
     "Put every gamma to 1 and every beta to 0."
-    for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._NormBase): m.reset_parameters()
+    with torch.no_grad():
+        for m in model.modules():
+            if not normalization(m): continue
+            if m.weight is not None: m.weight.fill_(1)
+            if getattr(m, "bias", None) is not None: m.bias.fill_(0)
+
+def _present(model, tokens, found):   # found: roles of the model
+    "Refuse a policy for a model from elsewhere that has nothing of what it names."
+    for t in {"bn", "norm", "shortcut"} & set(tokens):
+        if not found & {t, *(["bn"] if t == "norm" else [])}:
+            has = [r for r in ("norm", "output") if r in found or r == "norm" and "bn" in found]
+            raise ValueError(f"policy {t!r} trains nothing of {type(model).__name__}, whose roles are {', '.join(sorted(found))}; "
+                             f"the nearest is {(has or ['all'])[0]!r}.")
 
 def without_beta(model):
     "Let every gamma train, and rest every beta at 0."
@@ -89,12 +103,12 @@ def without_beta(model):
         nn.init.zeros_(m.bias.requires_grad_(False))
 
 # %% ../nbs/03_policies.ipynb #b33c52e8
-def free_entries(model, token, k, moving, seed):
+def free_entries(model, found, token, k, moving, seed):
     "Make k random entries per output channel trainable in every frozen convolution or hidden linear layer."
-    for name,role in roles(model).items():
+    for name,role in found.items():
         module_name, _, kind = name.rpartition(".")
-        if role not in {"conv", "shortcut"} - moving or kind != "weight": continue
         m = model.get_submodule(module_name)
+        if role not in {"conv", "shortcut"} - moving or kind != "weight" or not isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)): continue
         index = choose_entries(token, k, tuple(m.weight.shape), generator(seed, module_name, "entries"))
         parametrize.register_parametrization(m, "weight", RandomEntries(m.weight, index))
         m.parametrizations.weight.original.requires_grad_(True)
@@ -112,7 +126,7 @@ def _place(name):
 
 def dense(model:nn.Module) -> dict:   # name to a copy of the tensor
     "Every weight, whole, whether it trains or not."
-    places = map(_place, roles(model))
+    places = [_place(n) for n,_ in model.named_parameters()]
     return {f"{m}.{kind}": getattr(model.get_submodule(m), kind).detach().clone() for m,kind in places}
 
 def free(model:nn.Module) -> dict:    # name to a tensor of booleans
@@ -125,10 +139,12 @@ def free(model:nn.Module) -> dict:    # name to a tensor of booleans
     return masks
 
 # %% ../nbs/03_policies.ipynb #79f9b25f
-def counts(model:nn.Module) -> pd.DataFrame:   # rows: roles and 'all'; columns: trainable, total
+def counts(model:nn.Module,
+           output:str|tuple|None=None   # the output's module, where it cannot be told
+          ) -> pd.DataFrame:            # rows: roles and 'all'; columns: trainable, total
     "How many numbers train and exist, by role."
     table, masks = pd.DataFrame(0, index=[*ROLES, "all"], columns=["trainable", "total"]), free(model)
-    for name,role in roles(model).items():
+    for name,role in roles(model, output).items():
         mask = masks[".".join(_place(name))]
         table.loc[role] += [mask.sum().item(), mask.numel()]
     table.loc["all"] = table.sum()

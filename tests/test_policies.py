@@ -5,7 +5,7 @@ from bnonly.models import create_model
 from bnonly.policies import POLICIES, counts, dense, free, freeze, load_moved, moved
 from torch.nn import functional as F
 
-EVERY = [p for p in POLICIES if p != "none"] + ["scattered2", "random4", "bn+scattered3+output"]
+EVERY = [p for p in POLICIES if p not in ("none", "norm")] + ["scattered2", "random4", "bn+scattered3+output"]
 
 
 def train(model, steps=20):

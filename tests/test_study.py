@@ -5,8 +5,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
+import pandas as pd
 import pytest
+from bnonly.experiment import summary
 
 ROOT = Path(__file__).parents[1]
 MINI = """[mini]
@@ -17,15 +20,26 @@ seed = 0, 1
 """
 
 
+def project(folder):
+    "A project with one small study, and its command line."
+    (folder / "settings.ini").write_text(MINI)
+    shutil.copytree(ROOT / "nbs", folder / "nbs")
+    return lambda *args: subprocess.run([Path(sys.executable).parent / "bnonly", *args], cwd=folder, capture_output=True, text=True,
+                                        env=os.environ | {"BNONLY_RUNS": str(folder / "runs"), "CUDA_VISIBLE_DEVICES": ""})
+
+
 @pytest.fixture
 def bnonly(tmp_path):
-    (tmp_path / "settings.ini").write_text(MINI)
-    shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
-    return lambda *args: subprocess.run([Path(sys.executable).parent / "bnonly", *args], cwd=tmp_path, capture_output=True, text=True,
-                                        env=os.environ | {"BNONLY_RUNS": str(tmp_path / "runs"), "CUDA_VISIBLE_DEVICES": ""})
+    return project(tmp_path)
 
 
-def test_a_study_ends_in_a_page_that_opens_offline(bnonly, tmp_path):
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    return tmp_path_factory.mktemp("project")
+
+
+def test_a_study_ends_in_a_site_that_opens_offline(here):
+    bnonly, tmp_path = project(here), here
     first = bnonly("study", "mini")
     assert first.returncode == 0, first.stderr
     assert "16 of 16 runs to train" in first.stderr and "16 runs trained, 0 failed" in first.stderr
@@ -37,10 +51,13 @@ def test_a_study_ends_in_a_page_that_opens_offline(bnonly, tmp_path):
     figures = tmp_path / "runs/mini/figures"
     drawn = {f"fig{n:02}" for n in (1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 14)} | {"table1", "tableC1"}
     assert drawn <= {f.stem for f in figures.glob("*.png")} and drawn <= {f.stem for f in figures.glob("*.svg")}
-    assert page.count("data:image/png;base64") == len(list(figures.glob("fig*.png"))) and "±" in page and "resnet14" in page
-    assert not re.search(r"(?:src|href)=['\"](?:https?:)?//", page)
-    for link in re.findall(r"href='([^']+)'", page):
-        assert (index.parent / link).exists()
+    assert "±" in page and "resnet14" in page and "src='figures/fig02.png'" in page
+    for figure in figures.glob("fig*.png"):
+        assert f"src='figures/{figure.name}'" in (index.parent / "figures.html").read_text()
+        assert len(pd.read_csv(figure.with_suffix(".csv")).columns) == 8
+    means = summary(pd.read_csv(index.parent / "runs.csv"))
+    drawn = pd.read_csv(figures / "fig02.csv").query("label == 'BatchNorm' and tick == '14'")
+    assert drawn.y.iloc[0] == pytest.approx(means.query("arch == 'resnet14' and policy == 'bn'")["mean"].iloc[0])
     told = bnonly("claims", "mini")
     assert told.returncode == 0 and "holds on digits, 3 epochs" in told.stdout and "not measured (needs" in told.stdout
     assert not re.search("digits[^:]*: (not )?reproduced", told.stdout)
@@ -48,6 +65,42 @@ def test_a_study_ends_in_a_page_that_opens_offline(bnonly, tmp_path):
     assert "every run is complete" in again.stderr
     before = index.stat().st_mtime_ns
     assert bnonly("report", "mini").returncode == 0 and index.stat().st_mtime_ns == before
+
+
+def test_its_pages_in_a_browser(here, page):
+    "At 375 px nothing is wider than the screen, every link resolves, no request leaves, and the table of runs sorts and filters."
+    folder = here / "runs/mini/report"
+    if not folder.exists():
+        pytest.skip("the report of this module's first test is not there")
+    files = sorted(folder.glob("*.html"))
+    assert {"index", "figures", "claims", "runs", "settings", "article", "00_experiment", "07_accuracy", "15_report"} <= {f.stem for f in files}
+    page.set_viewport_size(dict(width=375, height=800))
+    ids, links = {}, []
+    for file in files:
+        page.goto(file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375, file.name
+        ids[file.name] = set(page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
+        links += [(file.name, o) for o in page.evaluate("[...document.querySelectorAll('a[href], img[src]')].map(e => e.getAttribute('href') || e.getAttribute('src'))")]
+        assert all(page.evaluate("[...document.images].map(i => (i.loading = 'eager', i.decode().then(() => i.naturalWidth > 0, () => false)))")), file.name
+    for name, link in set(links):
+        target, _, anchor = unquote(link).partition("#")
+        if re.match("https?://|data:|mailto:", link):
+            continue
+        assert not target or (folder / target).exists(), (name, link)
+        assert not anchor or (target or name) not in ids or anchor in ids[target or name], (name, link)
+    assert not page.left and not page.errors
+
+    page.goto((folder / "runs.html").as_uri())
+    cells = lambda what: page.evaluate("what => { const t = document.querySelector('table.runs'), i = [...t.tHead.rows[0].cells].findIndex(c => c.textContent === what);"
+                                       "return [...t.tBodies[0].rows].filter(r => !r.hidden).map(r => r.cells[i].textContent) }", what)
+    page.locator("th", has_text=re.compile("^accuracy$")).click()
+    assert [float(a) for a in cells("accuracy")] == sorted(float(a) for a in cells("accuracy")) and len(cells("accuracy")) == 16
+    page.locator("th", has_text=re.compile("^accuracy$")).click()
+    assert [float(a) for a in cells("accuracy")] == sorted((float(a) for a in cells("accuracy")), reverse=True)
+    page.fill("#find", "resnet8 =bn")
+    assert set(cells("arch")) == {"resnet8"} and set(cells("policy")) == {"bn"} and page.inner_text("#count") == "2"
+    page.emulate_media(media="print")
+    assert page.locator("nav").is_hidden() and page.locator("#find").is_hidden()
 
 
 @pytest.mark.parametrize("args,answer", [(["study", "minni"], "the nearest is 'mini'"), (["train", "--policy", "bm"], "the nearest is 'bn'"),

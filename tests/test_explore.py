@@ -1,0 +1,107 @@
+"The explorer answers from the records, at once, and does so in a browser."
+import socket
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from bnonly import explore
+from bnonly.explore import Explorer, numbers
+
+ROOT = Path(__file__).parents[1]
+KEY = "resnet20,bn,digits,weight_decay=0.012,seed={}"
+
+
+def expected(threshold, seed=0):
+    "Share below a threshold and the measured accuracies around it, straight from the file."
+    found = safetensors.numpy.load_file(ROOT / "runs/decay" / KEY.format(seed) / "features.safetensors")
+    share = 100 * (np.abs(found["gamma"]) < np.float32(threshold)).mean()
+    levels, right = found["threshold"], 100 * found["correct"] / found["tested"][0]
+    below, above = np.flatnonzero(levels <= np.float32(threshold)), np.flatnonzero(levels >= np.float32(threshold))
+    ends = sorted({round(float(right[below[-1]]), 1), round(float(right[above[0] if len(above) else below[-1]]), 1)})
+    return f"{share:.1f}%", f"{ends[0]:.1f}%" if len(ends) == 1 else f"{ends[0]:.1f} to {ends[1]:.1f}%"
+
+
+@pytest.fixture
+def explorer(monkeypatch):
+    monkeypatch.setenv("BNONLY_RUNS", str(ROOT / "runs"))
+    for f in (explore.choices, explore.load):
+        f.cache_clear()
+    yield Explorer()
+    for f in (explore.choices, explore.load):
+        f.cache_clear()
+
+
+def test_every_change_answers_within_300_ms(explorer):
+    explorer.choices["study"].value = "decay"
+    own = explore.choices("decay")
+    changes = {"threshold": (explorer.threshold, [.2, .3, .4, .5]), "policy": (explorer.choices["policy"], ["bn", "all"] * 2),
+               "run": (explorer.choices["rest"], list(own[own.policy == "all"].rest)[:4]), "curves": (explorer.others, [tuple(own.folder[:n]) for n in (1, 3, 5, 8)])}
+    for what, (widget, values) in changes.items():
+        took = []
+        for v in values:
+            before = time.process_time()   # not the wall clock: other processes may hold the machine
+            widget.value = v
+            took.append(time.process_time() - before)
+        assert min(took) < .3, (what, took)
+
+
+def test_numbers_are_those_of_the_records(explorer):
+    explorer.choices["study"].value, explorer.choices["policy"].value = "decay", "bn"
+    explorer.choices["rest"].value = "weight_decay=0.012,seed=1"
+    for t in (0, .005, .01, .05, .1, .3, 1.):
+        explorer.threshold.value = t
+        share, accuracy = expected(t, seed=1)
+        assert f"'share'>{share}<" in explorer.told.value and f"'accuracy'>{accuracy}<" in explorer.told.value, t
+
+
+def test_a_run_without_images_says_so():
+    told = numbers(dict(gamma=np.array([.1, -.3, .0])), .2)
+    assert told == dict(below=2, channels=3) and "not measured" in explore.sentences(told, 50)
+
+
+@pytest.fixture
+def voila(monkeypatch):
+    "The explorer served as a page."
+    pytest.importorskip("voila", reason="voila is not installed: pip install 'bnonly[dev]'")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    monkeypatch.setenv("BNONLY_RUNS", str(ROOT / "runs"))
+    monkeypatch.chdir(ROOT)
+    server = explore.serve(port, wait=False)
+    for _ in range(300):
+        try:
+            urlopen(f"http://127.0.0.1:{port}/voila/static/", timeout=1)
+        except OSError as e:
+            if getattr(e, "code", None):   # it answers, if only that there is nothing here
+                break
+            time.sleep(.2)
+        else:
+            break
+    yield f"http://127.0.0.1:{port}"
+    server.terminate()
+    server.wait(10)
+
+
+def test_in_a_browser_the_slider_changes_the_picture_and_the_numbers(page, voila):
+    page.goto(voila, timeout=120_000)
+    page.wait_for_selector(".noUi-handle", timeout=120_000)
+    page.wait_for_selector(".widget-image, img.widget-image", timeout=60_000)
+    say = lambda what: page.locator(f"b.{what}").inner_text()
+    page.locator("select").nth(3).select_option("weight_decay=0.012,seed=0")
+    page.wait_for_function(f"document.querySelector('b.share').textContent === '{expected(.1)[0]}'", timeout=30_000)
+    for step in range(1, 4):
+        t = round(.1 + .005 * step, 3)
+        before = page.locator("img.widget-image").evaluate_all("all => all.map(i => i.src)")
+        page.locator(".noUi-handle").focus()
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function("old => document.querySelector('img.widget-image').src !== old", arg=before[0], timeout=30_000)
+        page.wait_for_function(f"document.querySelector('b.share').textContent === '{expected(t)[0]}'", timeout=30_000)
+        assert say("accuracy") == expected(t)[1]
+        after = page.locator("img.widget-image").evaluate_all("all => all.map(i => i.src)")
+        assert [a != b for a, b in zip(before, after)] == [True, True, False, False]   # gamma and beta, clamping; not the map, not the curves
+    assert page.locator("img.widget-image").evaluate_all("all => all.every(i => i.naturalWidth > 300)")
+    assert not page.left and not page.errors

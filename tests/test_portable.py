@@ -1,0 +1,235 @@
+"A portable file gives its network back, and whatever else is in a file gets one sentence."
+import json
+import random
+import resource
+import tracemalloc
+import warnings
+
+import pytest
+import torch
+from bnonly import portable
+from bnonly.experiment import write
+from bnonly.models import create_model, role_sizes, roles
+from bnonly.policies import counts, dense, freeze, trainable
+from bnonly.portable import LIMIT, load_portable, read, save_portable, serialize
+from torch import nn
+from torch.nn import functional as F
+
+CASES = 10_000
+PREFIX = 8
+
+
+@pytest.fixture(scope="module")
+def network():
+    model, x = freeze(create_model("resnet8", in_channels=1, seed=7), "bn"), torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    opt = torch.optim.SGD(trainable(model).values(), lr=.1)
+    for _ in range(2):
+        F.cross_entropy(model(x), torch.arange(16) % 10).backward()
+        opt.step()
+    return model.eval(), x
+
+
+@pytest.fixture(scope="module")
+def good(network, tmp_path_factory):
+    return save_portable(network[0], tmp_path_factory.mktemp("portable") / "good.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("policy", ["bn", "all", "all-affine", "output", "random2+output", "scattered2", "none", "bn+shortcut+output"])
+def test_logits_are_the_same_bits(policy, tmp_path):
+    model, x = freeze(create_model("resnet8", seed=2**63 - 1, init="orthogonal"), policy, seed=4), torch.randn(8, 3, 8, 8)
+    opt = torch.optim.SGD([*trainable(model).values(), nn.Parameter(torch.zeros(1))], lr=.1, momentum=.9)
+    for _ in range(3):
+        loss = F.cross_entropy(model(x), torch.arange(8))
+        if loss.requires_grad:
+            loss.backward()
+        opt.step()
+    again = load_portable(save_portable(model, tmp_path / "it.safetensors"))
+    assert torch.equal(again(x), model.eval()(x))
+    assert all(torch.equal(t, dense(again)[n]) for n, t in dense(model).items())
+
+
+def test_other_features_are_refused_in_one_sentence(good, tmp_path, monkeypatch):
+    path, drawn = write(tmp_path / "it.safetensors", good), portable.create_model
+    monkeypatch.setattr(portable, "create_model", lambda **made: drawn(**dict(made, seed=made["seed"] + 1)))
+    with pytest.raises(ValueError, match="draws other features on this machine") as e:
+        load_portable(path)
+    assert "\n" not in str(e.value)
+
+
+def parts(content):
+    n = int.from_bytes(content[:PREFIX], "little")
+    return json.loads(content[PREFIX:PREFIX + n]), content[PREFIX + n:]
+
+
+def joined(header, data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(PREFIX, "little") + text + data
+
+
+LIES = ["", "0", "-1", "9" * 25, "9" * 5000, "1e9", "NaN", "None", "../../etc/passwd", "__import__('os')", "\x00", "{}", "１", "resnet8.5", "resnet1994",
+        "resnet866", "resnet200", "resnet8888888", "wrn14-32", "wrn1994-9999", "wrn14-99999999999", "vgg19", "random999999999", "scattered1", "all+bn", "norm", "plain", "float64"]
+
+
+def truncated(rng, good, told, vectors):
+    return good[:rng.randrange(len(good))]
+
+
+def flipped(rng, good, told, vectors):
+    odd = bytearray(good)
+    for _ in range(rng.choice([1, 1, 1, 2, 8])):
+        odd[rng.randrange(len(odd))] ^= 1 << rng.randrange(8)
+    return bytes(odd)
+
+
+def grown(rng, good, told, vectors):
+    return good + rng.randbytes(rng.randrange(1, 99)) if rng.random() < .5 else rng.randbytes(rng.randrange(2000))
+
+
+def claimed(rng, good, told, vectors):
+    return rng.choice([2**16 + 1, 2**31, 2**40, 2**63, 2**64 - 1, rng.randrange(2**64)]).to_bytes(PREFIX, "little") + good[PREFIX:]
+
+
+def header_lied(rng, good, told, vectors):
+    "Shapes, types, offsets, names."
+    header, data = parts(good)
+    name = rng.choice([k for k in header if k != "__metadata__"])
+    entry = header[name]
+    what = rng.choice(["shape", "dtype", "data_offsets", "name", "drop", "twice", "junk"])
+    if what == "shape": entry["shape"] = rng.choice([[], [2**62], [2**32, 2**32], [0], [-1], [entry["shape"][0], 1], [10**30], "all", [1.5]])
+    if what == "dtype": entry["dtype"] = rng.choice([o for o in ("F16", "F64", "BF16", "I64", "F32", "U8", "BOOL", "F4096", 7, None) if o != entry["dtype"]])
+    if what == "data_offsets": entry["data_offsets"] = rng.choice([[0, 2**60], [-8, 0], [0, 0], [8, 4], [2**63, 2**64], [0], "x"])
+    if what in ("name", "drop"): header.pop(name)
+    if what == "name": header[rng.choice(["conv.weight", "bn.gamma", "../x", "", "é" * 99])] = entry
+    if what == "twice": header["bn.extra"] = dict(entry)
+    if what == "junk": header = rng.choice([b"[" * 9999, b"{}", b"null", b'{"__metadata__": 3}', b"\xff" * 40, b'{"a":' * 5000])
+    return joined(header, data)
+
+
+def metadata_lied(rng, good, told, vectors):
+    "Any field missing, unknown, of another type or size; sealed as if it were true."
+    told, what = dict(told), rng.choice(["value", "value", "value", "drop", "more", "type"])
+    name = rng.choice([k for k in told if k not in ("versions", "digest")])
+    if what == "value": told[name] = rng.choice([v for v in LIES if v != told[name]])
+    if what == "drop": del told[name]
+    if what == "more": told[rng.choice(["code", "__class__", "x" * 999])] = rng.choice(LIES)
+    if what != "type": return serialize({k: v for k, v in told.items() if k != "digest"}, vectors)
+    header, data = parts(good)
+    header["__metadata__"][name] = rng.choice([3, None, ["x"], {"a": 1}])
+    return joined(header, data)
+
+
+def vectors_lied(rng, good, told, vectors):
+    "Other lengths, types and numbers that are none; sealed as if they were true."
+    odd, name = dict(vectors), rng.choice(list(vectors))
+    what = rng.choice(["longer", "shorter", "type", "nan", "missing", "more", "matrix"])
+    if what == "longer": odd[name] = torch.cat([odd[name], odd[name][:1]])
+    if what == "shorter": odd[name] = odd[name][:rng.randrange(len(odd[name]))]
+    if what == "type": odd[name] = odd[name].to(rng.choice([torch.float16, torch.float64, torch.int32, torch.bool]))
+    if what == "nan":
+        name = rng.choice([v for v in odd if odd[v].is_floating_point()])
+        odd[name] = odd[name].clone()
+        odd[name][rng.randrange(len(odd[name]))] = rng.choice([float("nan"), float("inf"), -float("inf")])
+    if what == "missing": del odd[name]
+    if what == "more": odd["conv.weight"] = torch.zeros(3)
+    if what == "matrix": odd[name] = odd[name].view(1, -1)
+    return serialize({k: v for k, v in told.items() if k != "digest"}, odd)
+
+
+KINDS = truncated, flipped, grown, claimed, header_lied, metadata_lied, vectors_lied
+
+
+def test_ten_thousand_odd_files_get_a_sentence_each(good, tmp_path, monkeypatch):
+    "No crash, no network built, no large allocation: each is refused by what it says, before any feature is drawn."
+    rng, path = random.Random(0), tmp_path / "odd.safetensors"
+    told, _, vectors = read(write(path, good))
+    built = []
+    monkeypatch.setattr(portable, "create_model", lambda **made: built.append(made))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    for i in range(CASES):
+        content = KINDS[i % len(KINDS)](rng, good, told, vectors)
+        path.write_bytes(content)
+        try:
+            read(path)
+        except ValueError as e:
+            assert "is no portable network" in str(e) and len(str(e)) < 1000 and "\n" not in str(e), str(e)
+        else:   # the lie was another truth: only a name, a seed or an initialization that exists may differ
+            assert KINDS[i % len(KINDS)] in (metadata_lied,), KINDS[i % len(KINDS)].__name__
+            changed = {k for k, v in read(path)[0].items() if v != told[k]} - {"digest"}
+            assert changed <= {"seed", "entries", "compute", "policy"} and told["policy"] == "bn" and read(path)[1]["policy"] in ("bn", "norm"), changed
+    assert tracemalloc.get_traced_memory()[1] < 50e6 and not built
+    tracemalloc.stop()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000   # kB, of the whole process
+
+
+def test_a_giant_is_refused_before_it_is_built(network, tmp_path):
+    "A file of a few kilobytes that names a network of terabytes."
+    told, vectors = portable.describe(network[0]) | dict(features="0" * 64), {}
+    for arch in ("wrn14-9999", "wrn1994-100", "wrn14-64"):
+        content = serialize(told | dict(arch=arch, policy="none"), vectors)
+        with pytest.raises(ValueError, match="parameters, and the limit is"):
+            load_portable(write(tmp_path / "giant.safetensors", content))
+    assert LIMIT > 177e6
+
+
+# ---- any model
+
+TV = ("resnet18 vgg11_bn densenet121 mobilenet_v3_small efficientnet_b0 convnext_tiny vit_b_32 swin_t shufflenet_v2_x0_5 mnasnet0_5 regnet_y_400mf").split()
+TIMM = ("vit_tiny_patch16_224 convnext_atto resnetv2_50 resnet26d mobilevit_xxs efficientnet_lite0 vit_small_patch16_rope_224").split()
+
+
+def make(name):
+    if name in TV:
+        import torchvision
+        return getattr(torchvision.models, name)(num_classes=7)
+    return pytest.importorskip("timm", reason="timm is not installed (pip install 'bnonly[timm]')").create_model(name, num_classes=7)
+
+
+@pytest.mark.parametrize("name", TV + TIMM)
+def test_roles_of_other_peoples_models(name):
+    "The norms are those that their classes say, the output is what has seven logits, and `norm+output` frees just these."
+    with warnings.catch_warnings(action="ignore"):
+        model = make(name)
+    found, params = roles(model), dict(model.named_parameters())
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    norm = {f"{n}.{k}" for n, m in model.named_modules() if isinstance(m, kinds) for k, _ in m.named_parameters(recurse=False)}
+    assert norm and {n for n, r in found.items() if r in ("bn", "norm")} == norm
+    output = {n for n, r in found.items() if r == "output"}
+    assert output and all(len(params[n]) == 7 for n in output) and any(params[n].ndim > 1 for n in output)
+    table = counts(freeze(model, "norm+output"))
+    assert {n for n, p in params.items() if p.requires_grad} == norm | output
+    assert table.total["all"] == sum(p.numel() for p in params.values())
+    assert table.trainable["all"] == sum(params[n].numel() for n in norm | output)
+
+
+def test_shortcuts_are_told_by_what_they_feed():
+    import torchvision
+    for depth in (18, 50):
+        sizes = role_sizes(getattr(torchvision.models, f"resnet{depth}")())
+        assert sizes == role_sizes(create_model(f"resnet{depth}", 1000))
+
+
+@pytest.mark.parametrize("name", ["vit_b_32", "mobilenet_v3_small"])
+def test_a_step_moves_what_is_free_and_nothing_else(name):
+    model = freeze(make(name), "norm+output")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    x = torch.randn(2, 3, 224, 224)
+    opt = torch.optim.SGD(model.parameters(), lr=.1, weight_decay=.1)
+    F.cross_entropy(model(x), torch.arange(2)).backward()
+    opt.step()
+    assert all(p.requires_grad or torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert any(not torch.equal(p, before[n]) for n, p in trainable(model).items())
+
+
+def test_a_model_that_cannot_be_told_asks():
+    import torchvision
+    with pytest.raises(ValueError, match="3 feed its output: aux1.fc2, aux2.fc2, fc.*output='fc'"):
+        freeze(torchvision.models.googlenet(init_weights=False), "bn")
+    model = freeze(torchvision.models.googlenet(init_weights=False), "output", output="fc")
+    assert sorted(trainable(model)) == ["fc.bias", "fc.weight"] and counts(model, "fc").trainable["all"] == 1_025_000
+    with pytest.raises(ValueError, match="the nearest is 'fc'"):
+        roles(model, "fcc")
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))
+    assert roles(backbone, ())["1.weight"] == "norm"
+    with pytest.raises(ValueError, match="policy 'bn' trains nothing of Sequential.*the nearest is 'norm'"):
+        freeze(backbone, "bn", output=())
