@@ -1,0 +1,259 @@
+"Networks without BatchNorm, penalties and their records: what one notebook cannot assert."
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from bnonly.claims import REGULARIZATION, ledger
+from bnonly.data import BrokenData, load_data
+from bnonly.experiment import NORMS, Spec, history, parse_arch, results, run_dir
+from bnonly.features import analyse, channels, restore
+from bnonly.models import ACTS, BatchNormAct, BiasAct, Shortcut, branches, create_model, roles
+from bnonly.penalties import Standardize, divergence, mean_square
+from bnonly.policies import counts, freeze
+from bnonly.regularization import at_start, method, robust, robustness
+from bnonly.train import RATES, fit, groups, learner
+
+TINY = Spec(arch="wrn10-0.25", policy="all", bn_init="ones", act="swish", schedule="cosine", epochs=2)
+CPU = dict(device=torch.device("cpu"), dtype=torch.float32)
+
+
+# -------- networks
+
+@pytest.mark.parametrize("arch", ["wrn10-1", "resnet14", "resnet50"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("act", ACTS)
+def test_norm_and_activation_are_what_the_name_says(arch, norm, act):
+    model = create_model(arch, norm=norm, act=act)
+    norms, found = [m for m in model.modules() if isinstance(m, BatchNormAct)], roles(model)
+    with_bn = create_model(arch)
+    assert len(norms) == (len([m for m in with_bn.modules() if isinstance(m, BatchNormAct)]) if norm == "batch" else "single" in norm)
+    assert sum(r == "bn" for r in found.values()) == 2*len(norms)
+    assert all(torch.isfinite(p).all() for p in model.parameters()) and torch.isfinite(model(torch.randn(2, 3, 32, 32))).all()
+    assert any("rho" in n for n in found) == (act == "swish") and not any(found[n] == "bn" for n in found if n.endswith(("rho", "shift", "scale")))
+    convs = lambda m: {n: p.shape for n, p in m.named_parameters() if p.dim() == 4}
+    assert convs(model) == convs(with_bn)
+    on_shortcut = {n for n, m in model.named_modules() if isinstance(m, Shortcut)}
+    assert {n.rpartition(".")[0].rpartition(".")[0] for n, r in found.items() if r == "shortcut"} == on_shortcut
+
+
+def test_fixup_starts_as_zhang_et_al_say():
+    "Zero at the end of each branch and in the output; the others of m layers scaled by L^(-1/(2m-2)); scalars at 0 and 1."
+    for arch, blocks, m in (("wrn16-1", 6, 2), ("resnet50", 16, 3)):
+        plain, model = create_model(arch, norm="none"), create_model(arch, norm="fixup")
+        assert len(branches(model)) == blocks
+        for a, b in zip(branches(plain), branches(model)):
+            assert len(a) == m and not b[-1].weight.any() and b[-1].scale == 1
+            for c, d in zip(a[:-1], b[:-1]): assert torch.allclose(d.weight, c.weight*blocks**(-1/(2*m - 2)))
+        assert not model.fc.weight.any() and not model.fc.bias.any()
+        opened = create_model(arch, norm="fixup-open")
+        for a, b in zip(branches(plain), branches(opened)): assert torch.allclose(b[-1].weight, a[-1].weight/blocks**.5)
+
+
+def test_wide_networks_are_zagoruykos():
+    "BatchNorm and ReLU in front of each convolution, checked against a plain rewriting."
+    model = create_model("wrn10-2", bn_init="ones").eval()
+    x = torch.randn(2, 3, 16, 16)
+    y = model.conv1(x)
+    for stage in model.layers[:3]:
+        for b in stage:
+            o = torch.relu(b.bn1(y))
+            z = b.conv2(torch.relu(b.bn2(b.conv1(o))))
+            y = z + (b.downsample[0](o) if isinstance(b.downsample, Shortcut) else y)
+    assert torch.allclose(model(x), model.fc(torch.relu(model.layers[3](y)).mean((2, 3))), atol=1e-6)
+    assert parse_arch("wrn28-10") == ("wide", 28, 10) and Spec(arch="wrn10-1").arch == "wrn10-1"
+
+
+@pytest.mark.parametrize("policy", ["all", "bn", "output", "none", "random2"])
+def test_policies_take_networks_without_batchnorm(policy):
+    model = freeze(create_model("wrn10-0.25", norm="fixup", act="swish"), policy)
+    n = counts(model)
+    assert n.loc["bn", "total"] == 0 and n.loc["all", "total"] == sum(p.numel() for p in create_model("wrn10-0.25", norm="fixup", act="swish").parameters())
+
+
+@pytest.mark.parametrize("norm,act", [("batch", "swish"), ("fixup", "swish"), ("none", "relu"), ("single", "swish"), ("batch", "relu")])
+def test_the_fused_kernels_agree_or_stand_aside(norm, act, monkeypatch):
+    "The same logits and gradients with and without them."
+    from bnonly import kernels
+    spec, found = replace(TINY, norm=norm, act=act), []
+    for how in ("", "plain"):
+        monkeypatch.setenv("BNONLY_KERNELS", how)
+        kernels.kernels.cache_clear()
+        learn = learner(spec, **CPU)
+        x, y = next(iter(learn.dls.train))
+        learn.loss_func(out := learn.model.train()(x), y).backward()
+        found.append((out.detach(), {n: p.grad for n, p in learn.model.named_parameters()}))
+    kernels.kernels.cache_clear()
+    (a, ga), (b, gb) = found
+    assert torch.allclose(a, b, atol=1e-4)
+    for n in gb:
+        if gb[n] is not None: assert torch.allclose(ga[n], gb[n], atol=1e-4 + 1e-3*gb[n].abs().max().item()), n
+
+
+# -------- penalties
+
+@pytest.mark.parametrize("field,value", [("embedding_l2", .3), ("functional_l2", .2), ("standardize", .01)])
+def test_a_penalty_enters_the_gradient_and_not_the_loss_that_is_told(field, value):
+    "One step's gradient in float32 is that of cross entropy plus the penalty, written out by hand."
+    from fastai.callback.core import Callback, CancelFitException
+    grads = {}
+    class Peek(Callback):
+        def after_backward(self):
+            grads.update({n: p.grad.clone() for n, p in self.model.named_parameters()}, loss=self.loss.detach())
+            raise CancelFitException
+    spec = replace(TINY, norm="fixup-open", **{field: value})
+    learn = learner(spec, cbs=[Peek()], **CPU)
+    nn.init.normal_(learn.model.fc.weight, generator=torch.Generator().manual_seed(0))
+    learn.model.zero_grad()
+    inputs = []
+    x, y = next(iter(learn.dls.train)); learn.dls.train.epoch = 0
+    hooks = [m.register_forward_pre_hook(lambda m, i: inputs.append(i[0])) for m in learn.model.modules() if isinstance(m, BiasAct) or m is learn.model.fc]
+    logits = learn.model.train()(x)
+    for h in hooks: h.remove()
+    *layers, e = inputs
+    by_hand = dict(embedding_l2=lambda: (e**2).sum()/len(e)/e.shape[1], functional_l2=lambda: (logits**2).sum()/len(e)/10,
+                   standardize=lambda: sum(divergence(o) for o in layers))[field]
+    loss = nn.functional.cross_entropy(logits, y)
+    (loss + value*by_hand()).backward()
+    expected = {n: p.grad.clone() for n, p in learn.model.named_parameters()}
+    learn.model.zero_grad()
+    learn.fit(1)
+    assert torch.allclose(grads.pop("loss"), loss.detach(), atol=1e-6)
+    for n, g in expected.items(): assert torch.allclose(grads[n], g, atol=1e-5 + 1e-4*g.abs().max().item()), n
+
+
+def test_fixups_scalars_learn_at_a_tenth():
+    model = create_model("wrn10-0.25", norm="fixup", act="swish")
+    most, scalars = groups(model)
+    assert RATES == (1., .1) and all(p.dim() == 0 for p in scalars)
+    assert len(scalars) == sum(n.endswith(("layer.bias", "shift", "scale")) for n, _ in model.named_parameters())
+    assert {id(p) for p in model.parameters()} == {id(p) for p in most + scalars}
+    assert isinstance(groups(create_model("wrn10-0.25"))[0], nn.Parameter)   # one group where there are none
+    learn = learner(replace(TINY, norm="fixup"), **CPU)
+    learn.fit(1)
+    assert [h["lr"] for h in learn.opt.hypers] == pytest.approx([learn.opt.hypers[0]["lr"], .1*learn.opt.hypers[0]["lr"]])
+
+
+def test_the_first_step_of_fixup_does_not_depend_on_the_depth():
+    fixup, plain = ([at_start(norm, d, steps=1)["change"] for d in (10, 28, 46)] for norm in ("fixup", "none"))
+    assert np.ptp(fixup) < 1e-9 and .1 < fixup[0] < 10 and plain[0] < .1*plain[1] < .01*plain[2]
+
+
+# -------- runs
+
+def test_a_run_is_measured_kept_stopped_and_restored(tmp_path, monkeypatch):
+    from fastai.callback.core import Callback
+    monkeypatch.setenv("BNONLY_RUNS", str(tmp_path))
+    spec = replace(TINY, norm="fixup", dropout=.5, functional_l2=.01)
+    record = fit(spec, "one", **CPU)
+    assert {"embedding_norm", "output_norm", "dropped"} <= set(record["final"]) and "embedding_norm" in results("one") and len(history("one")) == 2
+    class Stop(Callback):
+        order = 70
+        def after_epoch(self): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(spec, "two", cbs=[Stop()], **CPU)
+    assert fit(spec, "two", **CPU)["final"] == record["final"]   # Dropout's masks go on too
+    model, data = restore(spec, "one"), load_data("digits")
+    from bnonly.data import loaders
+    seen = []
+    hook = model.fc.register_forward_pre_hook(lambda m, i: seen.append(i[0]))
+    with torch.no_grad(): logits = torch.cat([model(x) for x, _ in loaders(data, 128)[1]])
+    hook.remove()
+    assert torch.cat(seen).norm(dim=1).mean().item() == pytest.approx(record["final"]["embedding_norm"], rel=1e-4)
+    assert logits.norm(dim=1).mean().item() == pytest.approx(record["final"]["output_norm"], rel=1e-4)
+    analyse(spec, "one")
+    assert len(channels("one")) == 0   # no BatchNorm, no channels
+
+
+# -------- data
+
+@pytest.fixture
+def corrupted(tmp_path):
+    from test_data import image, make_tree
+    from bnonly.data import CORRUPTIONS
+    make_tree(tmp_path)
+    (tmp_path/"CIFAR-10-C").mkdir()
+    for i, name in enumerate(CORRUPTIONS): np.save(tmp_path/"CIFAR-10-C"/f"{name}.npy", np.stack([image((i, j)) for j in range(10)]))
+    np.save(tmp_path/"CIFAR-10-C"/"labels.npy", np.tile([0, 1], 5))
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:.*holds .* where CIFAR-10 has")
+def test_robustness_by_corruption_and_severity(corrupted, tmp_path, monkeypatch):
+    monkeypatch.setenv("BNONLY_RUNS", str(tmp_path/"runs"))
+    monkeypatch.setenv("BNONLY_DATA", str(corrupted))
+    data = load_data("cifar10-c")
+    assert data.test.x.shape == (150, 32, 32, 3) and data.test.y[:10].tolist() == [0, 1]*5
+    spec = replace(TINY, data="cifar10", epochs=1)
+    fit(spec, "r", **CPU)
+    table = robustness(spec, "r")
+    assert table.shape == (15, 5)
+    with torch.no_grad():
+        model, x = restore(spec, "r"), (data.test.x[20:30].float()/255 - torch.tensor(data.mean))/torch.tensor(data.std)
+        hits = (model(x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)).argmax(1) == data.test.y[20:30]).view(5, 2)
+    assert table.loc["impulse_noise"].tolist() == (100*hits.double().mean(1)).tolist()
+    assert robust(results("r")).robustness[0] == pytest.approx(table.to_numpy().mean())
+    file = run_dir(spec, "r")/"robustness.csv"
+    file.write_text(file.read_text().replace(pd.read_csv(file).seal[0], "another"))
+    assert "robustness" not in robust(results("r"))
+
+
+@pytest.mark.filterwarnings("ignore:.*holds .* where CIFAR-10 has")
+def test_broken_corruptions(corrupted):
+    np.save(corrupted/"CIFAR-10-C"/"fog.npy", np.zeros((9, 32, 32, 3), np.uint8))
+    with pytest.raises(BrokenData, match="fog.npy holds"): load_data("cifar10-c", corrupted)
+    (corrupted/"CIFAR-10-C"/"snow.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="snow.npy is missing"): load_data("cifar10-c", corrupted)
+
+
+@pytest.mark.filterwarnings("ignore:.*holds .* where SVHN has")
+def test_broken_svhn(tmp_path):
+    from scipy.io import savemat
+    with pytest.raises(FileNotFoundError, match="train_32x32.mat is missing"): load_data("svhn", tmp_path)
+    (tmp_path/"svhn").mkdir()
+    for part in ("train", "test"): savemat(tmp_path/"svhn"/f"{part}_32x32.mat", dict(X=np.zeros((32, 32, 3, 3), np.uint8), y=np.array([[1], [10], [3]])))
+    assert load_data("svhn", tmp_path).train.y.tolist() == [1, 0, 3]
+    file = tmp_path/"svhn"/"train_32x32.mat"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(BrokenData, match="train_32x32.mat is cut off"): load_data("svhn", tmp_path)
+
+
+def test_efficientnet_without_timm_says_so(monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="pip install"): create_model("efficientnet-b0")
+
+
+def test_efficientnet():
+    pytest.importorskip("timm")
+    model = create_model("efficientnet-b0", num_classes=7)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7) and all(torch.isfinite(p).all() for p in model.parameters())
+    assert set(roles(model).values()) == {"conv", "bn", "output"}
+    with pytest.raises(ValueError, match="residual networks"): create_model("efficientnet-b0", norm="fixup")
+
+
+# -------- claims
+
+def made(accuracy, images="CIFAR-10", epochs=200, data="cifar10", arch="wrn28-10", **columns):
+    "A table of runs from {(norm, field, strength): accuracies of its seeds}."
+    from dataclasses import asdict
+    rows = [dict(asdict(Spec(arch=arch, policy="all", data=data, epochs=epochs, seed=n, norm=norm, **({field: s} if field else {}))), status="complete",
+                 accuracy=v, images=images, folder="", **columns) for (norm, field, s), vs in accuracy.items() for n, v in enumerate(vs)]
+    return pd.DataFrame(rows)
+
+
+def said(id, table): return ledger(table, [c for c in REGULARIZATION if c.id == id]).verdict[0]
+
+
+def test_claims_of_dauphin_and_cubuk_follow_the_one_rule():
+    base = {("batch", "", 0): (95., 95.2), ("fixup", "", 0): (94., 94.2), ("fixup", "functional_l2", .1): (94.6, 94.8), ("fixup", "functional_l2", 1.): (90., 90.)}
+    assert said("dc-fl2-cifar", made(base)) == "reproduced"   # the better of two strengths
+    assert said("dc-gap-cifar", made(base)) == "reproduced"
+    assert said("dc-fl2-cifar", made({k: [v + 3*(k[1] != "") for v in vs] for k, vs in base.items()})) == "not reproduced"
+    assert said("dc-gap-cifar", made(base, images="digits", data="digits", arch="wrn10-1", epochs=25)) == "holds on digits, 25 epochs"
+    assert said("dc-svhn-bn", made(base, images="digits", data="digits", arch="wrn10-1")) == "not measured"
+    assert said("dc-svhn-bn", made(base, images="SVHN", data="svhn")) == "not reproduced"
+    share = {("fixup", "", 0): (72., 72.), ("batch", "", 0): (76., 76.), ("fixup+single", "", 0): (74.8, 74.8)}
+    assert said("dc-single-share", made(share, "ImageNet", 90, "imagenet", "resnet50")) == "reproduced"
