@@ -96,7 +96,7 @@ def table_of(stats:pd.DataFrame,   # as `points` gives it
     "What the figures show, in words."
     cells = [f"{m:.1f} ± {s:.1f} ({n})" if n > 1 else f"{m:.1f} (1)" for m,s,n in zip(stats["mean"], stats.sd, stats.n)]
     wide = stats.assign(cell=cells, line=[lines[int(i)].label for i in stats.line]).pivot(index=["width", "depth", "arch"], columns="line", values="cell")
-    return wide.reindex(columns=[l.label for l in lines]).droplevel(["width", "depth"]).rename_axis(columns=None).fillna("")
+    return wide.reindex(columns=[l.label for l in lines]).droplevel(["width", "depth"]).rename_axis(columns=None).astype(object).fillna("")
 
 # %% ../nbs/10_mlp.ipynb #57ab50a4
 def width_figure(table:pd.DataFrame, plan:list=(), depths=(2, 4, 8, 14)) -> plt.Figure:
@@ -116,10 +116,10 @@ def width_figure(table:pd.DataFrame, plan:list=(), depths=(2, 4, 8, 14)) -> plt.
     in_words(fig, missing)
     return fig
 
-# %% ../nbs/10_mlp.ipynb #df14caae
+# %% ../nbs/10_mlp.ipynb #be93e2a0
 OPEN = (LINES[2], Line("bn", "batch", "symmetric", "BatchNorm with beta", "tab:pink"),
-        Line("gamma", "affine", "symmetric", "gamma from U[-1, 1], nothing normalized", "tab:olive"),
-        Line("bn", "affine", "symmetric", "and beta", "tab:brown"),
-        Line("gamma", "affine", "ones", "gamma from 1, nothing normalized", "tab:orange"),
-        Line("bn", "affine", "ones", "and beta ", "tab:purple"),
-        LINES[3], Line("scattered1", "none", "uniform", "Random weights, nothing normalized", "tab:gray"))
+        Line("gamma", "affine", "symmetric", "gamma from U[-1, 1], no normalization", "tab:olive"),
+        Line("bn", "affine", "symmetric", "the same with beta", "tab:brown"),
+        Line("gamma", "affine", "ones", "gamma from 1, no normalization", "tab:orange"),
+        Line("bn", "affine", "ones", "beta and gamma from 1, no normalization", "tab:purple"),
+        LINES[3], Line("scattered1", "none", "uniform", "Random weights, no normalization", "tab:gray"))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LR', 'RATES', 'TRACKERS', 'step', 'imagenet', 'constant', 'cosine', 'Schedule', 'sgd', 'groups', 'together',
            'default_device', 'default_dtype', 'prepare', 'loss_func', 'learner', 'shape', 'top5', 'Epochs', 'Still',
-           'Run', 'hold_out', 'HeldOut', 'Patience', 'Parallel', 'plain', 'enough', 'summed', 'gathered', 'agreed',
-           'random_states', 'set_random_states', 'save_state', 'load_state', 'Journal', 'machine', 'trackers', 'fit',
-           'finish']
+           'Run', 'hold_out', 'part', 'HeldOut', 'Patience', 'Parallel', 'plain', 'enough', 'summed', 'gathered',
+           'agreed', 'random_states', 'set_random_states', 'save_state', 'load_state', 'Journal', 'machine', 'trackers',
+           'fit', 'finish']
 
 # %% ../nbs/04_train.ipynb #e95824b2
 import hashlib, json, math, os, platform, random, time, warnings
@@ -174,8 +174,13 @@ class Run(Learner):
 def hold_out(data, seed:int, share:float=.2) -> tuple:   # the data without, and with the held-out images as its test
     "Set a share of the training images aside."
     order = torch.from_numpy(generator(seed, "held out").permutation(len(data.train)))
-    held, rest = (Images(data.train.x[i], data.train.y[i]) for i in order.tensor_split([round(share*len(order))]))
+    held, rest = (part(data.train, i) for i in order.tensor_split([round(share*len(order))]))
     return replace(data, train=rest), replace(data, test=held)
+
+def part(images, i):
+    "Some images of a split."
+    x = dict(x=images.x[i]) if isinstance(images, Images) else dict(paths=tuple(images.paths[j] for j in i))
+    return replace(images, y=images.y[i], **x)
 
 class HeldOut(Metric):
     "The loss on held-out images, to six digits."
