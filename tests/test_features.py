@@ -248,6 +248,12 @@ def test_shares_of_small_gammas_and_silent_relus():
     assert set(plain(toy).weight_decay) == {1e-4}
 
 
+def test_always_on_is_not_often_on():
+    from bnonly.activations import activity
+    toy = table(layer=0, role=0, gamma=1., beta=0., zero=[0., .009, .01, .05, .1, .7, .71, .99, .991, 1.])
+    assert activity(toy).loc[("resnet20", "bn")][["silent", "on", "between"]].tolist() == [20., 20., 20.]
+
+
 @pytest.mark.parametrize("small,verdict", [(.30, "agrees"), (.245, "agrees"), (.24, "disagrees"), (.34, "disagrees")])
 def test_the_papers_shares_in_numbers(small, verdict):
     "A quarter to a third, give or take half a point; all parameters have half as many here, which is never 4 to 5%."
