@@ -250,7 +250,7 @@ def test_shares_of_small_gammas_and_silent_relus():
 
 def test_always_on_is_not_often_on():
     from bnonly.activations import activity
-    toy = table(layer=0, role=0, gamma=1., beta=0., zero=[0., .009, .01, .05, .1, .7, .71, .99, .991, 1.])
+    toy = table(layer=0, role=0, gamma=1., beta=0., zero=[0., .009, .02, .05, .1, .7, .71, .99, .991, 1.])
     assert activity(toy).loc[("resnet20", "bn")][["silent", "on", "between"]].tolist() == [20., 20., 20.]
 
 
