@@ -184,7 +184,9 @@ def caption(name:str,        # of a figure
     "What a figure shows, and what stands in for what."
     what, families = CAPTIONS[name]
     told = [instead.get(f) or f"no run in place of {THE_PAPERS[f]}" for f in families.split()]
-    return f"{what} (the paper's Figure {int(name[3:])}). Mean ± one standard deviation over n seeds. Here: {'; '.join(told)}."
+    number = int(name[3:])
+    seeds = "All seeds together" if number == 4 or number >= 15 else "Mean ± one standard deviation over n seeds"
+    return f"{what} (the paper's Figure {number}). {seeds}. Here: {'; '.join(told)}."
 
 BESIDES = {"fig_decay": "Is the spike of gamma at zero learned, or is it weight decay? BatchNorm only, by the decay of gamma and beta (not in the paper).",
            **{f"fig_mlp{i}": f"MLPs of {w} units a layer, by depth and by what trains (Henriksboe's Figure {i})." for i,w in enumerate((10, 100, 784), 1)},

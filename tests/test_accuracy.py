@@ -109,6 +109,22 @@ def test_each_family_has_its_own_recipe():
     assert sorted(acc.points(table, acc.LAYOUTS["fig02"])["mean"]) == [20, 30, 50, 60]
 
 
+def test_an_ordering_holds_beyond_one_standard_deviation():
+    "The larger of the two; and a network with fewer than three seeds is left out where others have them."
+    above, spread = dict(mean=60., sd=1.), lambda gap: dict(mean=60. - gap, sd=4.)
+    assert [acc.verdict(above, spread(g)) for g in (5, 3, -3, -5)] == ["holds", "not told apart", "not told apart", "reversed"]
+    assert acc.verdict(above, dict(mean=0., sd=float("nan"))) == "one seed only"
+    rows = [("resnet14", p, s, v + s) for p, v in (("bn", 60), ("random2", 40)) for s in range(3)] + [("resnet32", p, 0, 50) for p in ("bn", "random2")]
+    found = acc.ordering(runs(*rows))
+    assert found[["the paper finds", "first", "second", "here"]].values.tolist() == [["resnet14 bn > resnet14 random2", "61.0 ± 1.0 (3)", "41.0 ± 1.0 (3)", "holds"]]
+
+
+@pytest.mark.parametrize("data,top1,top5", [("digits", 10, 50), ("imagenet", .1, .5)])
+def test_chance_is_a_guess_among_the_classes(data, top1, top5):
+    fig = acc.accuracy_figure("fig02", runs(("resnet18", "bn", 0, 50), ("resnet34", "bn", 0, 60), data=data))
+    assert [[l.get_ydata()[0] for l in ax.lines if l.get_label() == "Chance"] for ax in fig.axes] == [[top1], [pytest.approx(top5)]]
+
+
 def test_a_single_seed_has_no_bar():
     "Its spread is unknown, which is not a spread of zero."
     table = runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60), ("resnet32", "bn", 1, 62))

@@ -82,6 +82,12 @@ def test_channels_become_shares():
     assert row[["silent", "fixed", "sometimes"]].tolist() == pytest.approx([200/3, 200/3, 100/3])
 
 
+def test_always_on_is_as_fixed_as_always_off():
+    channels = pd.DataFrame(dict(gamma=1., zero=[0, .05, .2, .5, 1])).assign(**asdict(Spec(data="cifar10", epochs=160)))
+    row = cl.per_run(runs({("resnet14", "bn"): (48,)}), channels).iloc[0]
+    assert row[["silent", "fixed", "sometimes"]].tolist() == pytest.approx([20, 40, 40])
+
+
 def test_a_single_seed_of_a_mean_has_a_margin_of_its_own():
     table = runs({("resnet110", "bn"): (69,)})
     assert said("r110-bn-mean", table.assign(mean=.215)) == "reproduced"
@@ -91,6 +97,9 @@ def test_a_single_seed_of_a_mean_has_a_margin_of_its_own():
 def test_failed_runs_are_counted_where_the_claim_is_about_them():
     table = runs({("resnet434", "all", "positive"): (93, 10), ("resnet866", "all", "positive"): (90, 10)})
     assert said("positive-fails", cl.per_run(table, pd.DataFrame())) == "reproduced"
+    table["status"], table["accuracy"] = ["complete", "diverged"]*2, [93, np.nan]*2
+    assert said("positive-fails", cl.per_run(table, pd.DataFrame())) == "reproduced"
+    assert said("positive-fails", cl.per_run(table.assign(status="complete", accuracy=93), pd.DataFrame())) == "not reproduced"
 
 
 @pytest.mark.parametrize("id,verdict", [("r110-bn", "reproduced"), ("wrn32-added-ratio", "not reproduced"), ("r110-added-share", "not reproduced")])
