@@ -10,16 +10,25 @@ import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"   # a forked process must not inherit threads
+import torch
 from bnonly.experiment import Spec, load_record, run_dir, write
 from bnonly.sweep import kept, papermill, train_one
-from bnonly.train import machine
+from bnonly.train import learner, machine
 
 SPEC = Spec(arch="resnet8", epochs=6)
 
 
-def start(spec, study):
-    "The run in a process of its own, with everything imported, as a sweep trains it."
+def warm(spec):
+    "Import everything and compile the forward pass. (A backward pass would start threads, which a fork does not survive.)"
+    import matplotlib.pyplot
     papermill()
+    learn = learner(spec)
+    learn.create_opt()
+    with torch.no_grad(): learn.model(next(iter(learn.dls.train))[0])
+
+
+def start(spec, study):
+    "The run in a process of its own, as a sweep trains it."
     process = multiprocessing.get_context("fork").Process(target=train_one, args=(spec, study))
     process.start()
     return process
@@ -42,6 +51,7 @@ def reached(folder):
 def survive(kills, spec=SPEC, seed=0):
     "Kill a run at random instants between its start and its end, and let it go on; one row a kill."
     draw, whole, rows = random.Random(seed), tempfile.mkdtemp(), []
+    warm(spec)
     start(spec, whole).join()
     begun = time.monotonic()
     start(spec, tempfile.mkdtemp()).join()
@@ -62,7 +72,6 @@ def survive(kills, spec=SPEC, seed=0):
 
 
 if __name__ == "__main__":
-    import torch
     torch.set_num_threads(1)
     rows = survive(int((sys.argv + ["50"])[1]))
     hits = {h: sum(r["hit"] == h for r in rows) for h in sorted({r["hit"] for r in rows})}
