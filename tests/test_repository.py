@@ -16,7 +16,7 @@ from bnonly.experiment import Spec, preset
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-LIGHT = "experiment", "features", "accuracy", "affine", "activations", "mlp", "claims", "report"   # import no torch: tables, figures and the report
+LIGHT = "experiment", "features", "accuracy", "affine", "activations", "mlp", "claims", "explore", "report"   # import no torch: tables, figures and the report
 
 
 def cells(notebook, kind="code"):

@@ -56,7 +56,7 @@ def test_a_study_ends_in_a_site_that_opens_offline(here):
         assert f"src='figures/{figure.name}'" in (index.parent / "figures.html").read_text()
         assert len(pd.read_csv(figure.with_suffix(".csv")).columns) == 8
     means = summary(pd.read_csv(index.parent / "runs.csv"))
-    drawn = pd.read_csv(figures / "fig02.csv").query("label == 'BatchNorm' and tick == '14'")
+    drawn = pd.read_csv(figures / "fig02.csv", dtype=dict(tick=str)).query("label == 'BatchNorm' and tick == '14'")
     assert drawn.y.iloc[0] == pytest.approx(means.query("arch == 'resnet14' and policy == 'bn'")["mean"].iloc[0])
     told = bnonly("claims", "mini")
     assert told.returncode == 0 and "holds on digits, 3 epochs" in told.stdout and "not measured (needs" in told.stdout
@@ -81,7 +81,7 @@ def test_its_pages_in_a_browser(here, page):
         assert page.evaluate("document.documentElement.scrollWidth") <= 375, file.name
         ids[file.name] = set(page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
         links += [(file.name, o) for o in page.evaluate("[...document.querySelectorAll('a[href], img[src]')].map(e => e.getAttribute('href') || e.getAttribute('src'))")]
-        assert all(page.evaluate("[...document.images].map(i => (i.loading = 'eager', i.decode().then(() => i.naturalWidth > 0, () => false)))")), file.name
+        assert all(page.evaluate("Promise.all([...document.images].map(i => (i.loading = 'eager', i.decode().then(() => i.naturalWidth > 0, () => false))))")), file.name
     for name, link in set(links):
         target, _, anchor = unquote(link).partition("#")
         if re.match("https?://|data:|mailto:", link):
