@@ -197,7 +197,8 @@ def create_model(arch:str,                 # e.g. 'resnet56', 'wrn14-4', 'vgg16'
                  seed:int=0                # gives the same numbers on every machine
                 ) -> nn.Module:            # in float32, on the CPU, everything trainable
     "A network of the paper at its random initialization; `ValueError` for a name that does not exist."
-    return initialize(build(arch, num_classes, in_channels).to_empty(device="cpu"), init, bn_init, seed)
+    model = build(arch, num_classes, in_channels)._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))   # to_empty would import sympy, half a second
+    return initialize(model, init, bn_init, seed)
 
 # %% ../nbs/02_models.ipynb #a7d550cf
 ROLES = "conv", "bn", "shortcut", "output"

@@ -6,7 +6,7 @@
 __all__ = ['DRAWING', 'STYLE', 'CAPTIONS', 'THE_PAPERS', 'BESIDES', 'COMMANDS', 'drawing', 'execute', 'as_page', 'page',
            'table_html', 'picture', 'stand_ins', 'caption', 'figures_html', 'spread', 'answer', 'claims', 'claims_html',
            'overview', 'settings', 'inputs', 'figures', 'report', 'train_command', 'study_command', 'report_command',
-           'figures_command', 'claims_command', 'parser', 'main']
+           'figures_command', 'claims_command', 'bench_command', 'parser', 'main']
 
 # %% ../nbs/15_report.ipynb #ae39b163
 import base64, hashlib, html, json, os, sys, warnings
@@ -285,6 +285,14 @@ def claims_command(study:str):
               + (f" (needs {r['needs']})" if r["needs"] else ""))
     print(f"\n{len(found)} claims: {tally(found)}")
 
+# %% ../nbs/15_report.ipynb #1bfee8c7
+def bench_command(archs:str, policies:str, open_lth:str, rounds:int, ideas:bool, as_json:bool):
+    "Time a training step beside what one would use instead, or what each idea gives."
+    from bnonly.bench import bench, bench_ideas, in_words
+    say = lambda row: print(json.dumps(row) if as_json else in_words(row), flush=True)
+    if ideas: return bench_ideas(rounds=rounds, say=say)
+    bench(archs.split(","), policies.split(","), open_lth, rounds, say)
+
 # %% ../nbs/15_report.ipynb #8070354b
 COMMANDS = {"study": "train what a study still lacks", "figures": "draw every figure of a study",
             "claims": "print the paper's claims beside what a study measured", "report": "draw a study's figures and write its report"}
@@ -294,7 +302,7 @@ def parser():
     from argparse import ArgumentParser
     from fastcore.script import anno_parser
     p = ArgumentParser("bnonly", description="Train BatchNorm and only BatchNorm: a literate study.")
-    commands = p.add_subparsers(dest="command", metavar="train | study | figures | claims | report", required=True)
+    commands = p.add_subparsers(dest="command", metavar="train | study | figures | claims | report | bench", required=True)
     one = commands.add_parser("train", help="train one run", parents=[anno_parser(Spec)], add_help=False, conflict_handler="resolve")
     one.add_argument("--study", default="scratch", help="the folder under runs/ that keeps the record (default: scratch)")
     for name,what in COMMANDS.items():
@@ -307,14 +315,22 @@ def parser():
             own.add_argument("--engine", default="joblib", help="joblib (this machine) or ray (a cluster, $RAY_ADDRESS) (default: joblib)")
             own.add_argument("--gpus-per-run", type=float, default=0, help="with ray: GPUs for each run, e.g. 0.2 (default: 0)")
             own.add_argument("--dry-run", action="store_true", help="list the runs that are missing and train nothing")
+    own = commands.add_parser("bench", help="time a training step beside what one would use instead")
+    own.add_argument("--archs", default="resnet14,resnet56,wrn14-4,vgg11", help="networks (default: %(default)s)")
+    own.add_argument("--policies", default="bn,all,random2", help="what trains (default: %(default)s)")
+    own.add_argument("--open-lth", default="", help="a checkout of the authors' framework, to time it too")
+    own.add_argument("--rounds", type=int, default=4, help="turns of each candidate (default: %(default)s)")
+    own.add_argument("--ideas", action="store_true", help="time what each idea gives instead")
+    own.add_argument("--json", action="store_true", help="print a JSON line for each row")
     return p
 
 def main(argv:list|None=None):
-    "The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME."
+    "The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | bench."
     args = vars(parser().parse_args(argv))
     try:
         if args["command"] == "train": train_command(Spec(**{k: args[k] for k in Spec.__dataclass_fields__}), args["study"])
         elif args["command"] == "study": study_command(args["name"], *(args[k] for k in ("workers", "only", "retry_failed", "dry_run", "engine", "gpus_per_run")))
+        elif args["command"] == "bench": bench_command(*(args[k] for k in ("archs", "policies", "open_lth", "rounds", "ideas", "json")))
         else: dict(figures=figures_command, claims=claims_command, report=report_command)[args["command"]](args["name"])
     except (ValueError, OSError) as e: sys.exit(f"bnonly: {e}")
     except KeyboardInterrupt: sys.exit("\nbnonly: stopped; what was finished is kept, and the same command goes on from there")
