@@ -179,7 +179,7 @@ def load_state(learn:Learner, path:Path) -> list:   # the metrics of the epochs 
     load_moved(learn.model, part("moved/"))
     for n,t in part("momentum/").items():
         p = learn.model.get_parameter(n)
-        learn.opt.opt.state[p]["momentum_buffer"] = t.to(p.device).clone(memory_format=torch.preserve_format)
+        learn.opt.opt.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(t)   # laid out as p, which fused SGD relies on
     set_random_states(json.loads(told["random"]))
     return json.loads(told["rows"])
 
