@@ -377,7 +377,8 @@ def create_model(arch:str,                 # e.g. 'resnet56', 'wrn14-4', 'vgg16'
     "A network of the paper at its random initialization; `ValueError` for a name that does not exist."
     model = build(arch, num_classes, in_channels, norm, size)
     if parse_arch(arch).family not in ("mlp", "lenet"): model = take_out(model, choose("norm", norm, NORMS), choose("act", act, ACTS))
-    model = initialize(model.to_empty(device="cpu"), init, bn_init, seed)
+    model = model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))   # to_empty would import sympy, half a second
+    model = initialize(model, init, bn_init, seed)
     model.made = dict(arch=arch, num_classes=num_classes, in_channels=in_channels, init=init, bn_init=bn_init, seed=seed, norm=norm, act=act, size=size)
     return fixup(model, norm) if "fixup" in norm else model
 

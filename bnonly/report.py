@@ -7,7 +7,7 @@ __all__ = ['MAIN', 'STYLE', 'SORTING', 'CAPTIONS', 'THE_PAPERS', 'BESIDES', 'TAB
            'execute', 'as_html', 'pages', 'page', 'table_html', 'picture', 'stand_ins', 'caption', 'told', 'pictures',
            'figures_html', 'spread', 'answer', 'claims', 'claims_html', 'overview', 'runs_page', 'site', 'settings',
            'inputs', 'figures', 'report', 'train_command', 'study_command', 'report_command', 'figures_command',
-           'claims_command', 'explore_command', 'parser', 'check', 'main']
+           'claims_command', 'explore_command', 'bench_command', 'parser', 'check', 'main']
 
 # %% ../nbs/15_report.ipynb #ae39b163
 import hashlib, html, json, os, re, shutil, sys, warnings
@@ -414,6 +414,14 @@ def explore_command(port:int):
     from bnonly.explore import serve
     serve(port)
 
+# %% ../nbs/15_report.ipynb #eaa784fe
+def bench_command(archs:str, policies:str, open_lth:str, rounds:int, ideas:bool, as_json:bool):
+    "Time a training step beside what one would use instead, or what each idea gives."
+    from bnonly.bench import bench, bench_ideas, in_words
+    say = lambda row: print(json.dumps(row) if as_json else in_words(row), flush=True)
+    if ideas: return bench_ideas(rounds=rounds, say=say)
+    bench(archs.split(","), policies.split(","), open_lth, rounds, say)
+
 # %% ../nbs/15_report.ipynb #8070354b
 COMMANDS = {"study": "train what a study still lacks", "figures": "draw every figure of a study",
             "claims": "print the paper's claims beside what a study measured", "report": "draw a study's figures and write its report"}
@@ -423,7 +431,7 @@ def parser():
     from argparse import ArgumentParser
     from fastcore.script import anno_parser
     p = ArgumentParser("bnonly", description="Train BatchNorm and only BatchNorm: a literate study.")
-    commands = p.add_subparsers(dest="command", metavar="train | study | figures | claims | report | explore", required=True)
+    commands = p.add_subparsers(dest="command", metavar="train | study | figures | claims | report | explore | bench", required=True)
     one = commands.add_parser("train", help="train one run", parents=[anno_parser(Spec)], add_help=False, conflict_handler="resolve")
     one.add_argument("--study", default="scratch", help="the folder under runs/ that keeps the record (default: scratch)")
     look = commands.add_parser("explore", help="turn a run over in a browser")
@@ -438,6 +446,13 @@ def parser():
             own.add_argument("--engine", default="joblib", help="joblib (this machine) or ray (a cluster, $RAY_ADDRESS) (default: joblib)")
             own.add_argument("--gpus-per-run", type=float, default=0, help="with ray: GPUs for each run, e.g. 0.2 (default: 0)")
             own.add_argument("--dry-run", action="store_true", help="list the runs that are missing and train nothing")
+    own = commands.add_parser("bench", help="time a training step beside what one would use instead")
+    own.add_argument("--archs", default="resnet14,resnet56,wrn14-4,vgg11", help="networks (default: %(default)s)")
+    own.add_argument("--policies", default="bn,all,random2", help="what trains (default: %(default)s)")
+    own.add_argument("--open-lth", default="", help="a checkout of the authors' framework, to time it too")
+    own.add_argument("--rounds", type=int, default=4, help="turns of each candidate (default: %(default)s)")
+    own.add_argument("--ideas", action="store_true", help="time what each idea gives instead")
+    own.add_argument("--json", action="store_true", help="print a JSON line for each row")
     return p
 
 def check(argv, parser):
@@ -449,13 +464,14 @@ def check(argv, parser):
         if o.startswith("--"): choose("option", o.partition("=")[0], [n for n in options if n.startswith("--")])
 
 def main(argv:list|None=None):
-    "The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore."
+    "The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore | bench."
     try:
         check(sys.argv[1:] if argv is None else argv, p := parser())
         args = vars(p.parse_args(argv))
         if args["command"] == "train": train_command(Spec(**{k: args[k] for k in Spec.__dataclass_fields__}), args["study"])
         elif args["command"] == "explore": explore_command(args["port"])
         elif args["command"] == "study": study_command(args["name"], *(args[k] for k in ("workers", "only", "retry_failed", "dry_run", "engine", "gpus_per_run")))
+        elif args["command"] == "bench": bench_command(*(args[k] for k in ("archs", "policies", "open_lth", "rounds", "ideas", "json")))
         else: dict(figures=figures_command, claims=claims_command, report=report_command)[args["command"]](args["name"])
     except (ValueError, OSError) as e: sys.exit(f"bnonly: {e}")
     except KeyboardInterrupt: sys.exit("\nbnonly: stopped; what was finished is kept, and the same command goes on from there")
