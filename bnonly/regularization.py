@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/11_regularization.ipynb #505968eb
-from .accuracy import empty, in_words, save, save_table
+from .accuracy import empty, footnote, save, save_table
 from .experiment import Spec, history, load_record, parse_arch, preset, results, run_dir, write
 
 # %% ../nbs/11_regularization.ipynb #6dd8b915
@@ -190,7 +190,7 @@ def fig2(epochs:pd.DataFrame,   # as `history` gives it
         row[0].set_title(f"{arch} on {data}, {age} epochs", loc="left", fontsize=7)
     found = {l: h for ax in axes.flat for h,l in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found, loc="outside upper center", ncols=len(found))
-    in_words(fig, "; ".join(["mean ± one standard deviation over seeds", *lacking(plan, epochs)]))
+    footnote(fig, "; ".join(["mean ± one standard deviation over seeds", *lacking(plan, epochs)]))
     return fig
 
 def _curves(ax, part, column, label):
@@ -222,7 +222,7 @@ def fig3(table:pd.DataFrame,   # as `results` gives it
         row[0].set_title(f"{arch} on {images}, {age} epochs", loc="left", fontsize=7)
     found = {l: h for ax in axes.flat for h,l in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found, loc="outside upper center", ncols=len(found))
-    in_words(fig, "; ".join([f"mean ± one standard deviation, {told(over_seeds(own, 'accuracy'))}", *lacking(plan, table)]))
+    footnote(fig, "; ".join([f"mean ± one standard deviation, {told(over_seeds(own, 'accuracy'))}", *lacking(plan, table)]))
     return fig
 
 def _strengths(ax, stats, kinds, label):
