@@ -312,6 +312,7 @@ def parser():
             own.add_argument("--dry-run", action="store_true", help="list the runs that are missing and train nothing")
     return p
 
+# %% ../nbs/15_report.ipynb #7823e552
 def check(argv, parser):
     "Answer a misspelt command or option as any other wrong name, with a `ValueError`."
     commands = next(a.choices for a in parser._actions if a.dest == "command")
