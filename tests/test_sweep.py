@@ -144,7 +144,6 @@ def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, mo
     from ray.cluster_utils import Cluster
     from bnonly.sweep import by_ray
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")   # a busy machine is not what is tested
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
     node, log = cluster.add_node(num_cpus=1), tmp_path / "log"
     ray.init(address=cluster.address, log_to_driver=False)
