@@ -455,6 +455,7 @@ def parser():
     own.add_argument("--json", action="store_true", help="print a JSON line for each row")
     return p
 
+# %% ../nbs/15_report.ipynb #1e343e7b
 def check(argv, parser):
     "Answer a misspelt command or option as any other wrong name, with a `ValueError`."
     commands = next(a.choices for a in parser._actions if a.dest == "command")

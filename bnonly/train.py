@@ -429,7 +429,7 @@ def finish(spec, learn, journal, data, dtype, callbacks) -> dict|None:   # None 
     over = journal.diverged or bool(spec.patience) and learn.patience.over
     if len(journal.rows) < spec.epochs and not over:
         raise RuntimeError(f"{spec.key} ended after {len(journal.rows)} of {spec.epochs} epochs, so it has no record; fit it again to go on.")
-    left_out = sorted(gathered([p for dl in learn.dls for p in getattr(dl, "broken", ())]))
+    left_out = gathered(["/".join(Path(p).parts[-3:]) for dl in learn.dls for p in getattr(dl, "broken", ())])
     if rank_distrib(): return
     write(journal.folder/"moved.safetensors", safetensors.torch.save(
         {n: t.detach().cpu().contiguous() for n,t in moved(learn.model).items()}, dict(spec=json.dumps(spec.__dict__))))

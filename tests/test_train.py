@@ -145,9 +145,12 @@ def test_an_imagenet_resnet_trains_from_files(tmp_path, monkeypatch):
             file = tmp_path / "imagenet" / split / wnid / f"{i}.JPEG"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (70, 60, 3), dtype=np.uint8)).save(file)
+    (tmp_path / "imagenet/val/n01/broken.JPEG").write_bytes(b"no photograph")
     monkeypatch.setenv("BNONLY_DATA", str(tmp_path))
-    record = fit(Spec(arch="resnet18", data="imagenet", schedule="imagenet", lr=.4, epochs=1, batch_size=3))
+    with pytest.warns(UserWarning, match="1 of 7 images cannot be decoded and are left out: .*broken.JPEG"):
+        record = fit(Spec(arch="resnet18", data="imagenet", schedule="imagenet", lr=.4, epochs=1, batch_size=3))
     assert record["status"] == "complete" and record["shape"] == dict(num_classes=2, in_channels=3)
+    assert record["undecodable"] == dict(count=1, names="val/n01/broken.JPEG") and record["final"]["top5"] == 100
 
 
 def test_the_readmes_example_runs(tmp_path):
