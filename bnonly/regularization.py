@@ -122,7 +122,7 @@ def accuracies(plan:list,              # of specs, as `preset` gives it
         own = table[same & (table.status == "complete")]
         show = lambda v: shown(own[v].mean(), own[v].std(), own[v].count()) if v in own else "not measured"
         rows.append({"Data": own.images.iloc[0] if len(own) else c["data"], "Network": c["arch"], "Epochs": c["epochs"], "lr": f"{c['lr']:g}",
-                     "Method": c["method"], "Strength": f"{c['strength']:g}" if c["strength"] else "", "Accuracy (%)": show("accuracy"),
+                     "Method": c["method"], "Strength": f"λ = {c['strength']:g}" if c["strength"] else "", "Accuracy (%)": show("accuracy"),
                      **({"CIFAR-10-C (%)": show("robustness")} if family == "wide" and "robustness" in own else {}),
                      "The text": PAPER.get((family if family == "efficientnet" else c["data"], c["method"]), "")})
     return pd.DataFrame(rows)
@@ -164,7 +164,7 @@ def table3(table:pd.DataFrame   # as `results` gives it
     both = table.assign(drop=table.accuracy - table.dropped)
     cells = {c: over_seeds(both, v) for c,v in (("Accuracy (%)", "accuracy"), ("with Dropout (%)", "dropped"), ("Drop", "drop"))}
     first = next(iter(cells.values())).rename(columns=dict(images="Data", arch="Network", epochs="Epochs", method="Method"))
-    named = first[["Data", "Network", "Epochs", "Method"]].assign(Strength=[f"{s:g}" if s else "" for s in first.strength])
+    named = first[["Data", "Network", "Epochs", "Method"]].assign(Strength=[f"λ = {s:g}" if s else "" for s in first.strength])
     return named.assign(**{c: [shown(*r) for r in stats[["mean", "sd", "n"]].itertuples(index=False)] for c,stats in cells.items()})
 
 # %% ../nbs/11_regularization.ipynb #effcd877
