@@ -176,18 +176,18 @@ def told(stats) -> str:
     low, high = stats.n.min(), stats.n.max()
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
-def fig2(epochs:pd.DataFrame,   # as `history` gives it
+def fig2(epochs:pd.DataFrame,   # as `history` gives it, with the images' name
          plan:list=()           # the runs of the study, to say what is missing
         ) -> plt.Figure:
     "Accuracy, embedding norm and output norm by epoch, without penalties (the paper's Figure 2)."
     own = methods(epochs) if "embedding_norm" in epochs else epochs[:0]
     own = own[own.method.isin(COLORS)] if len(own) else own
-    groups = list(own.groupby(["data", "arch", "epochs"], sort=False)) if len(own) else []
+    groups = list(own.groupby(["images", "arch", "epochs"], sort=False)) if len(own) else []
     if not groups: return empty("Figure 2 (norms by epoch)", "no run without a penalty is complete")
     fig, axes = plt.subplots(len(groups), 3, figsize=(11, 2.7*len(groups)), squeeze=False)
-    for row,((data, arch, age), part) in zip(axes, groups):
+    for row,((images, arch, age), part) in zip(axes, groups):
         for ax,(column,label) in zip(row, NORMS.items()): _curves(ax, part, column, label)
-        row[0].set_title(f"{arch} on {data}, {age} epochs", loc="left", fontsize=7)
+        row[0].set_title(f"{arch} on {images}, {age} epochs", loc="left", fontsize=7)
     found = {l: h for ax in axes.flat for h,l in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found, loc="outside upper center", ncols=len(found))
     in_words(fig, "; ".join(["mean ± one standard deviation over seeds", *lacking(plan, epochs)]))
@@ -228,7 +228,7 @@ def fig3(table:pd.DataFrame,   # as `results` gives it
 def _strengths(ax, stats, kinds, label):
     for name,(short,color) in kinds.items():
         own = stats[stats.method == name].sort_values("strength")
-        ax.errorbar(own.strength, own["mean"], own.sd.fillna(0), fmt="o-", capsize=3, color=color, label=short)
+        if len(own): ax.errorbar(own.strength, own["mean"], own.sd.fillna(0), fmt="o-", capsize=3, color=color, label=short)
     for name in ("BatchNorm", "Fixup"):
         for r in stats[stats.method == name].itertuples():
             ax.axhline(r.mean, color=COLORS[name], ls="--", label=name)
