@@ -38,6 +38,7 @@ def family(arch:str          # e.g. 'resnet56'
     if name in ("mlp", "lenet"): return []   # of another study
     if name == "vgg": return [("VGG", depth, f"{depth}")]
     if name == "imagenet": return [("ImageNet ResNet", depth, f"{depth}")]
+    if name != "cifar": return []
     deep, wide = ("ResNet", depth, f"{depth}"), ("WRN", width, f"{depth}-{width:g}")
     return ([deep] if width == 1 else []) + ([wide] if depth == 14 and width >= 1 else [])
 

@@ -547,8 +547,9 @@ def told(id, place, words, where, one, two=None, number=None, column="accuracy",
         a, b = cases_of(runs, where, one, column, two is not None), cases_of(runs, where, two, column) if two else {}
         return [_item(k, a[k], b[k]) if two else _item(k, a[k]) for k in a if not two or k in b]
     low, high = (0, np.inf) if number is None else _ends(number)
+    single = min(2, abs(number)/2) if two and isinstance(number, float) and number else 2   # else one seed would agree with the opposite too
     return Claim(id, f"Dauphin and Cubuk, {place}", words, shown or ("above" if number is None else _shown(number)), low, high, measure,
-                 tuple(o for o in (one, two) if o), tolerance, ordering=number is None, on=WHERE[where])
+                 tuple(o for o in (one, two) if o), tolerance, ordering=number is None, single=single, on=WHERE[where])
 
 def stronger(id, place, words, where, name, column, sign=1):
     "A column rises (or, with sign -1, falls) with the strength of a penalty, from none on."

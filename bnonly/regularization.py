@@ -122,7 +122,7 @@ def accuracies(plan:list,              # of specs, as `preset` gives it
         own = table[same & (table.status == "complete")]
         show = lambda v: shown(own[v].mean(), own[v].std(), own[v].count()) if v in own else "not measured"
         rows.append({"Data": own.images.iloc[0] if len(own) else c["data"], "Network": c["arch"], "Epochs": c["epochs"], "lr": f"{c['lr']:g}",
-                     "Method": c["method"], "Strength": f"{c['strength']:g}" if c["strength"] else "", "Accuracy (%)": show("accuracy"),
+                     "Method": c["method"], "Strength": f"λ = {c['strength']:g}" if c["strength"] else "", "Accuracy (%)": show("accuracy"),
                      **({"CIFAR-10-C (%)": show("robustness")} if family == "wide" and "robustness" in own else {}),
                      "The text": PAPER.get((family if family == "efficientnet" else c["data"], c["method"]), "")})
     return pd.DataFrame(rows)
@@ -164,7 +164,7 @@ def table3(table:pd.DataFrame   # as `results` gives it
     both = table.assign(drop=table.accuracy - table.dropped)
     cells = {c: over_seeds(both, v) for c,v in (("Accuracy (%)", "accuracy"), ("with Dropout (%)", "dropped"), ("Drop", "drop"))}
     first = next(iter(cells.values())).rename(columns=dict(images="Data", arch="Network", epochs="Epochs", method="Method"))
-    named = first[["Data", "Network", "Epochs", "Method"]].assign(Strength=[f"{s:g}" if s else "" for s in first.strength])
+    named = first[["Data", "Network", "Epochs", "Method"]].assign(Strength=[f"λ = {s:g}" if s else "" for s in first.strength])
     return named.assign(**{c: [shown(*r) for r in stats[["mean", "sd", "n"]].itertuples(index=False)] for c,stats in cells.items()})
 
 # %% ../nbs/11_regularization.ipynb #effcd877
@@ -176,18 +176,18 @@ def told(stats) -> str:
     low, high = stats.n.min(), stats.n.max()
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
-def fig2(epochs:pd.DataFrame,   # as `history` gives it
+def fig2(epochs:pd.DataFrame,   # as `history` gives it, with the images' name
          plan:list=()           # the runs of the study, to say what is missing
         ) -> plt.Figure:
     "Accuracy, embedding norm and output norm by epoch, without penalties (the paper's Figure 2)."
     own = methods(epochs) if "embedding_norm" in epochs else epochs[:0]
     own = own[own.method.isin(COLORS)] if len(own) else own
-    groups = list(own.groupby(["data", "arch", "epochs"], sort=False)) if len(own) else []
+    groups = list(own.groupby(["images", "arch", "epochs"], sort=False)) if len(own) else []
     if not groups: return empty("Figure 2 (norms by epoch)", "no run without a penalty is complete")
     fig, axes = plt.subplots(len(groups), 3, figsize=(11, 2.7*len(groups)), squeeze=False)
-    for row,((data, arch, age), part) in zip(axes, groups):
+    for row,((images, arch, age), part) in zip(axes, groups):
         for ax,(column,label) in zip(row, NORMS.items()): _curves(ax, part, column, label)
-        row[0].set_title(f"{arch} on {data}, {age} epochs", loc="left", fontsize=7)
+        row[0].set_title(f"{arch} on {images}, {age} epochs", loc="left", fontsize=7)
     found = {l: h for ax in axes.flat for h,l in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found, loc="outside upper center", ncols=len(found))
     footnote(fig, "; ".join(["mean ± one standard deviation over seeds", *lacking(plan, epochs)]))
@@ -228,7 +228,7 @@ def fig3(table:pd.DataFrame,   # as `results` gives it
 def _strengths(ax, stats, kinds, label):
     for name,(short,color) in kinds.items():
         own = stats[stats.method == name].sort_values("strength")
-        ax.errorbar(own.strength, own["mean"], own.sd.fillna(0), fmt="o-", capsize=3, color=color, label=short)
+        if len(own): ax.errorbar(own.strength, own["mean"], own.sd.fillna(0), fmt="o-", capsize=3, color=color, label=short)
     for name in ("BatchNorm", "Fixup"):
         for r in stats[stats.method == name].itertuples():
             ax.axhline(r.mean, color=COLORS[name], ls="--", label=name)
