@@ -147,7 +147,7 @@ def test_an_imagenet_resnet_trains_from_files(tmp_path, monkeypatch):
             Image.fromarray(rng.integers(0, 256, (70, 60, 3), dtype=np.uint8)).save(file)
     monkeypatch.setenv("BNONLY_DATA", str(tmp_path))
     record = fit(Spec(arch="resnet18", data="imagenet", schedule="imagenet", lr=.4, epochs=1, batch_size=3))
-    assert record["status"] == "complete" and record["shape"] == dict(num_classes=2, in_channels=3)
+    assert record["status"] == "complete" and record["shape"] == dict(num_classes=2, in_channels=3, size=224)
 
 
 def test_the_readmes_example_runs(tmp_path):
