@@ -357,7 +357,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'bnonly.mlp': { 'bnonly.mlp.Line': ('mlp.html#line', 'bnonly/mlp.py'),
                             'bnonly.mlp.depth_figure': ('mlp.html#depth_figure', 'bnonly/mlp.py'),
                             'bnonly.mlp.draw_lines': ('mlp.html#draw_lines', 'bnonly/mlp.py'),
-                            'bnonly.mlp.lacking': ('mlp.html#lacking', 'bnonly/mlp.py'),
+                            'bnonly.mlp.missing': ('mlp.html#missing', 'bnonly/mlp.py'),
                             'bnonly.mlp.mlps': ('mlp.html#mlps', 'bnonly/mlp.py'),
                             'bnonly.mlp.note': ('mlp.html#note', 'bnonly/mlp.py'),
                             'bnonly.mlp.points': ('mlp.html#points', 'bnonly/mlp.py'),

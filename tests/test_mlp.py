@@ -202,4 +202,4 @@ def test_figures_say_what_is_missing():
     table = pd.DataFrame([dict(asdict(plan[0]), status="complete", accuracy=30., images="MNIST", folder=plan[0].key)])
     words = lambda fig: " ".join(t.get_text() for t in fig.texts + [fig._supxlabel] if t)
     assert "1 planned runs of this figure are not measured: mlp2-10 gamma" in words(mlp.depth_figure(table, 10, plan))
-    assert "trains none" in " ".join(t.get_text() for t in mlp.depth_figure(table, 784).axes[0].texts)
+    assert "plans none of these runs" in " ".join(t.get_text() for t in mlp.depth_figure(table, 784).axes[0].texts)

@@ -149,7 +149,7 @@ def test_an_imagenet_resnet_trains_from_files(tmp_path, monkeypatch):
     monkeypatch.setenv("BNONLY_DATA", str(tmp_path))
     with pytest.warns(UserWarning, match="1 of 7 images cannot be decoded and are left out: .*broken.JPEG"):
         record = fit(Spec(arch="resnet18", data="imagenet", schedule="imagenet", lr=.4, epochs=1, batch_size=3))
-    assert record["status"] == "complete" and record["shape"] == dict(num_classes=2, in_channels=3)
+    assert record["status"] == "complete" and record["shape"] == dict(num_classes=2, in_channels=3, size=224)
     assert record["undecodable"] == dict(count=1, names="val/n01/broken.JPEG") and record["final"]["top5"] == 100
 
 
