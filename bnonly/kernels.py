@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACKWARD', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D',
            'ARGUMENTS', 'bn_act_plain', 'processor', 'compile_library', 'load_kernels', 'kernels', 'BNAct', 'fits',
-           'bn_act', 'FrozenConv', 'accelerate', 'keep_memory']
+           'bn_act', 'FrozenConv', 'LeanPool', 'accelerate', 'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
 import ctypes, hashlib, os, platform, shutil, subprocess, sys, tempfile
@@ -393,6 +393,23 @@ class FrozenConv(torch.autograd.Function):
                                                        [0, 0], groups, [True, False, False])
         return dx, *[None]*5
 
+# %% ../nbs/03_kernels.ipynb #bc2b8b9c
+class LeanPool(torch.autograd.Function):
+    "Max-pooling that keeps where each maximum was, and not its input."
+    @staticmethod
+    def forward(ctx, x, *geometry):   # size, stride, padding, dilation, ceil_mode
+        y, where = torch.ops.aten.max_pool2d_with_indices(x, *geometry)
+        ctx.save_for_backward(where.int())
+        ctx.shape, ctx.geometry = x.shape, geometry
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        never_read = torch.empty(ctx.shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
+        g = g.contiguous(memory_format=torch.channels_last)
+        return torch.ops.aten.max_pool2d_with_indices_backward(g, never_read, *ctx.geometry, ctx.saved_tensors[0].long()), *[None]*5
+
 # %% ../nbs/03_kernels.ipynb #71914ecc
 def _bn_forward(m, x, residual=None):
     "`BatchNormAct.forward` in one step."
@@ -408,6 +425,10 @@ def _conv_forward(m, dtype, x):
     geometry = m.stride, m.padding, m.dilation, m.groups
     return FrozenConv.apply(x, low, *geometry) if x.requires_grad else torch.conv2d(x, low, None, *geometry)
 
+def _pool_forward(m, x):
+    "The forward pass of a max-pooling layer."
+    return LeanPool.apply(x, *([o]*2 if isinstance(o, int) else o for o in (m.kernel_size, m.stride, m.padding, m.dilation)), m.ceil_mode)
+
 def accelerate(model:nn.Module,      # frozen by its policy, channels-last, on its device
                dtype:torch.dtype     # of the convolutions
               ) -> nn.Module:        # the same model
@@ -415,6 +436,7 @@ def accelerate(model:nn.Module,      # frozen by its policy, channels-last, on i
     if next(model.parameters()).device.type != "cpu" or kernels() is None: return model
     for m in model.modules():
         if isinstance(m, BatchNormAct): m.forward = partial(_bn_forward, m)
+        if type(m) is nn.MaxPool2d: m.forward = partial(_pool_forward, m)
         if type(m) is nn.Conv2d and m.bias is None and not m.weight.requires_grad:
             m.forward = partial(_conv_forward, m, dtype)
     return model

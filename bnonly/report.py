@@ -7,7 +7,7 @@ __all__ = ['MAIN', 'STYLE', 'SORTING', 'CAPTIONS', 'THE_PAPERS', 'BESIDES', 'TAB
            'execute', 'as_html', 'pages', 'page', 'table_html', 'picture', 'stand_ins', 'caption', 'told', 'pictures',
            'figures_html', 'spread', 'answer', 'claims', 'claims_html', 'overview', 'runs_page', 'site', 'settings',
            'inputs', 'figures', 'report', 'train_command', 'study_command', 'report_command', 'figures_command',
-           'claims_command', 'explore_command', 'bench_command', 'parser', 'check', 'main']
+           'claims_command', 'explore_command', 'bench_command', 'bench_arguments', 'parser', 'check', 'main']
 
 # %% ../nbs/15_report.ipynb #ae39b163
 import hashlib, html, json, os, re, shutil, sys, warnings
@@ -422,6 +422,16 @@ def bench_command(archs:str, policies:str, open_lth:str, rounds:int, ideas:bool,
     if ideas: return bench_ideas(rounds=rounds, say=say)
     bench(archs.split(","), policies.split(","), open_lth, rounds, say)
 
+# %% ../nbs/15_report.ipynb #bd5542aa
+def bench_arguments(own):
+    "The arguments of bnonly bench."
+    own.add_argument("--archs", default="resnet14,resnet56,wrn14-4,vgg11", help="networks (default: %(default)s)")
+    own.add_argument("--policies", default="bn,all,random2", help="what trains (default: %(default)s)")
+    own.add_argument("--open-lth", default="", help="a checkout of the authors' framework, to time it too")
+    own.add_argument("--rounds", type=int, default=4, help="turns of each candidate (default: %(default)s)")
+    own.add_argument("--ideas", action="store_true", help="time what each idea gives instead")
+    own.add_argument("--json", action="store_true", help="print a JSON line for each row")
+
 # %% ../nbs/15_report.ipynb #8070354b
 COMMANDS = {"study": "train what a study still lacks", "figures": "draw every figure of a study",
             "claims": "print the paper's claims beside what a study measured", "report": "draw a study's figures and write its report"}
@@ -446,16 +456,10 @@ def parser():
             own.add_argument("--engine", default="joblib", help="joblib (this machine) or ray (a cluster, $RAY_ADDRESS) (default: joblib)")
             own.add_argument("--gpus-per-run", type=float, default=0, help="with ray: GPUs for each run, e.g. 0.2 (default: 0)")
             own.add_argument("--dry-run", action="store_true", help="list the runs that are missing and train nothing")
-    own = commands.add_parser("bench", help="time a training step beside what one would use instead")
-    own.add_argument("--archs", default="resnet14,resnet56,wrn14-4,vgg11", help="networks (default: %(default)s)")
-    own.add_argument("--policies", default="bn,all,random2", help="what trains (default: %(default)s)")
-    own.add_argument("--open-lth", default="", help="a checkout of the authors' framework, to time it too")
-    own.add_argument("--rounds", type=int, default=4, help="turns of each candidate (default: %(default)s)")
-    own.add_argument("--ideas", action="store_true", help="time what each idea gives instead")
-    own.add_argument("--json", action="store_true", help="print a JSON line for each row")
+    bench_arguments(commands.add_parser("bench", help="time a training step beside what one would use instead"))
     return p
 
-# %% ../nbs/15_report.ipynb #1e343e7b
+# %% ../nbs/15_report.ipynb #3f1f1cde
 def check(argv, parser):
     "Answer a misspelt command or option as any other wrong name, with a `ValueError`."
     commands = next(a.choices for a in parser._actions if a.dest == "command")
@@ -464,6 +468,7 @@ def check(argv, parser):
     for o in argv[1:]:
         if o.startswith("--"): choose("option", o.partition("=")[0], [n for n in options if n.startswith("--")])
 
+# %% ../nbs/15_report.ipynb #1e343e7b
 def main(argv:list|None=None):
     "The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore | bench."
     try:

@@ -39,7 +39,7 @@ with warnings.catch_warnings():   # fastai 2.8 still decorates with torch.jit.sc
 
 # %% ../nbs/04_train.ipynb #c8854300
 from .data import Images, load_data, loaders, named, part
-from .experiment import SCHEDULES, Claim, Spec, choose, load_record, parameters, run_dir, seal, write
+from .experiment import SCHEDULES, Claim, Spec, choose, load_record, parameters, root, run_dir, seal, write
 from .graph import Graph
 from .kernels import accelerate, keep_memory
 from .models import BiasAct, FixupConv, create_model, generator

@@ -1,0 +1,47 @@
+"The benchmark from the command line, and what stands between the shell and the first step."
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from bnonly.experiment import runs_dir
+from bnonly.report import main
+
+
+def test_a_row_of_the_benchmark(capsys):
+    "Three candidates in processes of their own, two turns of the smallest network."
+    main(["bench", "--archs", "resnet8", "--policies", "bn", "--rounds", "1", "--json"])
+    row = json.loads(capsys.readouterr().out)
+    assert {"arch", "policy", "device", "dtype", "images_per_second", "low", "high", "ratio", "peers", "bound"} <= set(row)
+    assert set(row["peers"]) == {"fastai", "torch"} and row["ratio"] == min(p["ratio"] for p in row["peers"].values())
+    assert 0 < row["low"] <= row["images_per_second"] <= row["high"] and row["multiply_ms"] > 0 and row["move_ms"] > 0
+    record = json.loads((runs_dir() / "bench" / f"{row['device']},resnet8,bn.json").read_text())
+    assert record["rows"] == [row] and record["gemm_flops"] > 0 and record["machine"]["torch"]
+
+
+@pytest.mark.parametrize("argv,answer", [(["--archs", "resnet57"], "the nearest is 'resnet56'"), (["--policies", "bm"], "the nearest is 'bn'"),
+                                         (["--open-lth", "nowhere"], "name a checkout")])
+def test_the_benchmark_refuses_a_mistake_before_it_starts(argv, answer):
+    with pytest.raises(SystemExit, match=answer):
+        main(["bench", *argv])
+
+
+START = """
+import sys, time, torch, pandas, safetensors.torch, sklearn.datasets, fastai.learner, fastai.metrics, fastai.callback.core
+begin = time.process_time()
+from bnonly.train import Callback, CancelFitException, Spec, learner
+class First(Callback):
+    def after_batch(self): raise CancelFitException
+learn = learner(Spec(), cbs=[First()])
+learn.fit(1)
+print(time.process_time() - begin, *(m for m in ("torch._dynamo", "sympy") if m in sys.modules))
+"""
+
+
+def test_our_part_of_the_start_is_under_a_second():
+    "From the imports of others to the end of the first step, ResNet-14 on digits; no compiler is imported on the way."
+    done = [subprocess.run([sys.executable, "-W", "ignore", "-c", START], capture_output=True, text=True, check=True,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout.split() for _ in range(2)]
+    assert all(len(o) == 1 for o in done), done
+    assert min(float(o[0]) for o in done) < 1
