@@ -15,6 +15,7 @@ from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -159,26 +160,30 @@ class Explorer:
         self.busy = False
         self.compare(); self.clamp(start=start)
 
-    def compare(self, _=None):
-        "Other learning curves."
-        if self.busy: return
-        names = {f: l for l,f in self.others.options}
-        self.pictures["learning"].value = learning({names[f]: f for f in self.others.value})
+# %% ../nbs/14_explore.ipynb #15eb19ea
+@patch
+def compare(self:Explorer, _=None):
+    "Other learning curves."
+    if self.busy: return
+    names = {f: l for l,f in self.others.options}
+    self.pictures["learning"].value = learning({names[f]: f for f in self.others.value})
 
-    def clamp(self, _=None, start=None):
-        "Another threshold."
-        start, t = start or time.perf_counter(), self.threshold.value
-        for f in (distributions, clamping): self.pictures[f.__name__].value = f(self.found, t, self.color)
-        words = sentences(numbers(self.found, t), self.run.accuracy)
-        self.took = 1000*(time.perf_counter() - start)
-        self.told.value = f"{words}<br><small>{self.run.images}; answered in <span class='took'>{self.took:.0f}</span> ms</small>"
+@patch
+def clamp(self:Explorer, _=None, start=None):
+    "Another threshold."
+    start, t = start or time.perf_counter(), self.threshold.value
+    for f in (distributions, clamping): self.pictures[f.__name__].value = f(self.found, t, self.color)
+    words = sentences(numbers(self.found, t), self.run.accuracy)
+    self.took = 1000*(time.perf_counter() - start)
+    self.told.value = f"{words}<br><small>{self.run.images}; answered in <span class='took'>{self.took:.0f}</span> ms</small>"
 
-    def show(self):
-        "All of it, one above the other where the page is narrow."
-        if not self.choices["study"].options: return widgets.HTML("No run was analysed yet; <code>make study</code> trains and analyses some.")
-        row = lambda *ws: widgets.Box(ws, layout=widgets.Layout(flex_flow="row wrap"))
-        p = self.pictures
-        return widgets.VBox([row(*self.choices.values()), self.threshold, self.told, p["distributions"], row(p["clamping"], p["silence"]), self.others, p["learning"]])
+@patch
+def show(self:Explorer):
+    "All of it, one above the other where the page is narrow."
+    if not self.choices["study"].options: return widgets.HTML("No run was analysed yet; <code>make study</code> trains and analyses some.")
+    row = lambda *ws: widgets.Box(ws, layout=widgets.Layout(flex_flow="row wrap"))
+    p = self.pictures
+    return widgets.VBox([row(*self.choices.values()), self.threshold, self.told, p["distributions"], row(p["clamping"], p["silence"]), self.others, p["learning"]])
 
 # %% ../nbs/14_explore.ipynb #de736181
 def serve(port:int=8866, wait:bool=True) -> subprocess.Popen:

@@ -17,7 +17,7 @@ from pathlib import Path
 # %% ../nbs/15_report.ipynb #bc48fd7d
 from .experiment import Spec, choose, parse_arch, preset, presets, records, results, root, runs_dir, summary, write
 
-# %% ../nbs/15_report.ipynb #09c4317e
+# %% ../nbs/15_report.ipynb #262e4614
 def drawing(study:str) -> list[str]:   # names of notebooks, in reading order
     "The notebooks that draw a study: those whose own study it is, by the first word of its name; else those of the main study."
     told = {}
@@ -31,6 +31,7 @@ def drawing(study:str) -> list[str]:   # names of notebooks, in reading order
 
 MAIN = "short"   # what the notebooks on the main study show where nobody says another
 
+# %% ../nbs/15_report.ipynb #03414749
 def execute(notebook:str,   # e.g. '07_accuracy'
             study:str       # its parameter
            ) -> Path:       # of the executed copy
@@ -44,6 +45,7 @@ def execute(notebook:str,   # e.g. '07_accuracy'
                                    kernel_name="python3", progress_bar=False, extra_arguments=["--log-level=40"])
     return out
 
+# %% ../nbs/15_report.ipynb #c39b4db4
 @lru_cache
 def _exporter(code):
     from nbconvert import HTMLExporter
@@ -91,6 +93,7 @@ nav b,nav a{display:block;margin:0}nav b{margin-bottom:.7rem}nav span{display:bl
 h1,h2,h3{break-after:avoid}figure,tr,img{break-inside:avoid}a{color:inherit;text-decoration:none}.table{overflow:visible}table{font-size:7pt}td,.runs td{white-space:normal;overflow-wrap:anywhere}pre{white-space:pre-wrap}@page{margin:18mm 16mm}}
 """
 
+# %% ../nbs/15_report.ipynb #7f67e59c
 SORTING = """
 document.querySelectorAll("table.runs").forEach(t=>{const body=t.tBodies[0],rows=[...body.rows],value=(r,i)=>r.cells[i].textContent.trim();
 t.querySelectorAll("th").forEach((h,i)=>{h.tabIndex=0;const sort=()=>{const up=h.ariaSort!=="ascending";t.querySelectorAll("th").forEach(o=>o.ariaSort="none");h.ariaSort=up?"ascending":"descending";
