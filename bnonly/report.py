@@ -180,7 +180,7 @@ def stand_ins(table) -> dict:   # family to a phrase
         found[name] = f"{', '.join(archs)} on {', '.join(sorted(set(own.images)))} ({ages} epochs, n = {n}) in place of {THE_PAPERS[name]}"
     return found
 
-# %% ../nbs/15_report.ipynb #928c03b7
+# %% ../nbs/15_report.ipynb #2cf00c15
 def caption(name:str,        # of a figure
             instead:dict     # as `stand_ins` gives it
            ) -> str:
@@ -191,6 +191,7 @@ def caption(name:str,        # of a figure
     seeds = "All seeds together" if number == 4 or number >= 15 else "Mean ± one standard deviation over n seeds"
     return f"{what} (the paper's Figure {number}). {seeds}. Here: {'; '.join(told)}."
 
+# %% ../nbs/15_report.ipynb #928c03b7
 BESIDES = {"fig_decay": "Is the spike of gamma at zero learned, or is it weight decay? BatchNorm only, by the decay of gamma and beta (not in the paper).",
            **{f"fig_mlp{i}": f"MLPs of {w} units a layer, by depth and by what trains (Henriksboe's Figure {i})." for i,w in enumerate((10, 100, 784), 1)},
            "fig_mlp_width": "MLPs by the width of their layers, BatchNorm only (not in Henriksboe's report).",
@@ -203,6 +204,7 @@ TABLES = {"table1": "Table 1: numbers in each part of each network, counted", "t
           "table_wide": "Accuracy of wide residual networks (Dauphin and Cubuk's Table 1)", "table_resnet50": "Accuracy of ResNet-50 (their Table 2)",
           "table_dropout": "The drop under 50% Dropout at test time (their Table 3)", "table_efficientnet": "Accuracy of EfficientNet-B8 (their Table 4)"}
 
+# %% ../nbs/15_report.ipynb #24c0cded
 def told(file:Path, instead:dict) -> str:
     "The caption of a figure: of the paper's, of one that brings its own, or its name."
     from PIL import Image
