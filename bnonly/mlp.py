@@ -59,7 +59,7 @@ def points(table:pd.DataFrame,   # as `results` gives it
     said = [parse_arch(a) for a in own.arch]
     return own.assign(depth=[a.depth for a in said], width=[int(a.width) for a in said]).sort_values(["width", "depth"])
 
-# %% ../nbs/10_mlp.ipynb #26ea8561
+# %% ../nbs/10_mlp.ipynb #f43401ac
 def note(stats) -> str:
     "How many seeds stand behind the points."
     low, high = stats.n.min(), stats.n.max()
