@@ -518,7 +518,7 @@ HENRIKSBOE = [
 ]
 
 # %% ../nbs/12_claims.ipynb #31e11f75
-CLAIMS = [*ACCURACIES, *OUTPUT, *DEPTH_WIDTH, *RANDOM, *GAMMA, *SMALL, *SILENT, *APPENDIX_C, *INITIALIZATIONS, *SHORTCUTS, *COUNTS, *HENRIKSBOE]
+CLAIMS = [*ACCURACIES, *OUTPUT, *DEPTH_WIDTH, *RANDOM, *GAMMA, *SMALL, *SILENT, *APPENDIX_C, *INITIALIZATIONS, *SHORTCUTS, *COUNTS]
 
 # %% ../nbs/12_claims.ipynb #5980b4c8
 WHERE = {"cifar10": ("wrn28-10", "CIFAR-10", 200), "svhn": ("wrn28-10", "SVHN", 200), "imagenet": ("resnet50", "ImageNet", 90),
@@ -638,8 +638,8 @@ REGULARIZATION += [
 ]
 
 def claims_of(study:str) -> list:   # of Claim
-    "The claims of the paper that a study is about."
-    return REGULARIZATION if study.startswith("regularization") else CLAIMS
+    "The claims of the paper that a study is about, by the first word of its name."
+    return dict(mlp=HENRIKSBOE, regularization=REGULARIZATION).get(study.partition("-")[0], CLAIMS)
 
 # %% ../nbs/12_claims.ipynb #0e708d12
 SCALE = dict(cifar=("CIFAR-10", 160, ""), imagenet=("ImageNet", 90, ""), mlp=("MNIST", 100, ""))   # the papers' images and epochs
