@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AGAIN', 'CIFAR10', 'CIFAR10_SIZE', 'SOURCES', 'CORRUPTIONS', 'SEVERITIES', 'MNIST_MD5', 'SVHN_SIZE', 'LOADERS',
            'Images', 'Data', 'digest', 'moments', 'BrokenData', 'split', 'digits', 'describe', 'draws', 'crop',
-           'affine', 'normalize', 'part', 'Batches', 'data_dir', 'open_image', 'tree_files', 'archive_files',
+           'affine', 'normalize', 'own_part', 'Batches', 'data_dir', 'open_image', 'tree_files', 'archive_files',
            'read_tree', 'stack', 'read_batches', 'verify', 'read_packed', 'downloads', 'download', 'cache_files',
            'stamp', 'save_cache', 'read_cache', 'cifar10', 'read_npy', 'cifar10_1', 'cifar10_c', 'read_idx', 'checked',
            'mnist', 'read_mat', 'svhn', 'Files', 'imagenet', 'Decoded', 'collate', 'FileBatches', 'named', 'load_data',
@@ -165,9 +165,9 @@ def normalize(x:Tensor, scale:Tensor, shift:Tensor   # x: uint8 [B, H, W, C]
     return x.flatten(1).float().mul_(scale).add_(shift).view(x.shape).permute(0, 3, 1, 2)
 
 # %% ../nbs/01_data.ipynb #410df8e1
-def part(batch:Tensor,    # [B, ...]
-         share:tuple      # number of this process, and how many share the batch
-        ) -> Tensor:      # [about B/processes, ...]
+def own_part(batch:Tensor,    # [B, ...]
+             share:tuple      # number of this process, and how many share the batch
+            ) -> Tensor:      # [about B/processes, ...]
     "What one of several processes reads of a batch."
     return batch.tensor_split(share[1])[share[0]]
 
@@ -202,7 +202,7 @@ def shuffled(self:Batches,
     "All images in the order of an epoch, cropped and mirrored."
     order, corner, mirror = (o.to(self.device) for o in draws(len(self.images), self.pad, self.flip, self.seed, epoch))
     for i in order.split(self.batch_size):
-        i = part(i, self.share)
+        i = own_part(i, self.share)
         x = crop(self.padded, i, corner[i], mirror[i], self.pad)
         yield normalize(x, *self.affine), self.images.y[i]
 
@@ -210,7 +210,7 @@ def shuffled(self:Batches,
 def in_order(self:Batches) -> Iterator:
     "All images, one after the other, as they are."
     for x, y in zip(self.images.x.split(self.batch_size), self.images.y.split(self.batch_size)):
-        yield normalize(part(x, self.share), *self.affine), part(y, self.share)
+        yield normalize(own_part(x, self.share), *self.affine), own_part(y, self.share)
 
 # %% ../nbs/01_data.ipynb #ac8b8514
 def data_dir(folder:Path|str|None=None   # to overrule the environment
@@ -554,7 +554,7 @@ class FileBatches:
     def _batches(self, epoch):
         order, known = draws(len(self.images), 0, False, self.seed, epoch)[0] if self.train else torch.arange(len(self.images)), len(self.broken)
         decoded = Decoded(self.images, self.data, self.train, self.seed, epoch)
-        batches = [part(i, self.share).tolist() for i in order.split(self.batch_size)]
+        batches = [own_part(i, self.share).tolist() for i in order.split(self.batch_size)]
         for batch, left_out in torch.utils.data.DataLoader(decoded, batch_sampler=batches, collate_fn=collate,
                                                            num_workers=self.workers, pin_memory=self.device.type == "cuda"):
             self.broken.update(self.images.paths[i] for i in left_out)

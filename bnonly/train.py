@@ -38,7 +38,7 @@ with warnings.catch_warnings():   # fastai 2.8 still decorates with torch.jit.sc
     from fastai.torch_core import num_distrib, rank_distrib, to_detach
 
 # %% ../nbs/04_train.ipynb #c8854300
-from .data import Images, load_data, loaders, named, part
+from .data import Images, load_data, loaders, named, own_part
 from .experiment import SCHEDULES, Claim, Spec, choose, load_record, parameters, root, run_dir, seal, write
 from .graph import Graph
 from .kernels import accelerate, keep_memory
@@ -232,7 +232,7 @@ class Parallel(Callback):
     def after_loss(self):
         if not self.training: return
         batch = torch.arange(min(self.dl.batch_size, len(self.dl.images) - self.iter*self.dl.batch_size))
-        self.learn.loss_grad = self.loss_grad * (num_distrib()*len(part(batch, self.dl.share))/len(batch))
+        self.learn.loss_grad = self.loss_grad * (num_distrib()*len(own_part(batch, self.dl.share))/len(batch))
 
     def after_validate(self):
         for m in self.recorder._valid_mets: m.total, m.count = summed(float(m.total), m.count)
