@@ -37,6 +37,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'bnonly.accuracy.papers': ('accuracy.html#papers', 'bnonly/accuracy.py'),
                                  'bnonly.accuracy.papers_recipe': ('accuracy.html#papers_recipe', 'bnonly/accuracy.py'),
                                  'bnonly.accuracy.plain': ('accuracy.html#plain', 'bnonly/accuracy.py'),
+                                 'bnonly.accuracy.plain_table': ('accuracy.html#plain_table', 'bnonly/accuracy.py'),
                                  'bnonly.accuracy.points': ('accuracy.html#points', 'bnonly/accuracy.py'),
                                  'bnonly.accuracy.rounded': ('accuracy.html#rounded', 'bnonly/accuracy.py'),
                                  'bnonly.accuracy.save': ('accuracy.html#save', 'bnonly/accuracy.py'),

@@ -6,9 +6,10 @@
 __all__ = ['SCENE', 'DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL', 'BN', 'FIGURE2', 'CIFAR', 'FOUR', 'DISABLED',
            'NARROW', 'LAYOUTS', 'PAPER', 'SPREAD', 'STAR', 'WIDTH', 'GROWING', 'ONLY_BN', 'WIDTHS', 'SEEDS', 'family',
            'panels', 'papers_recipe', 'plain', 'left_out', 'convolutions', 'sizes', 'specifications', 'table1',
-           'tableC1', 'drawn', 'save', 'rounded', 'draw_table', 'save_table', 'Line', 'Layout', 'points', 'gaps',
-           'papers', 'accuracy_panel', 'corner', 'footnote', 'legend', 'empty', 'images', 'accuracy_figure', 'Fit',
-           'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs', 'fig10', 'verdict', 'ordering']
+           'tableC1', 'drawn', 'save', 'rounded', 'draw_table', 'plain_table', 'save_table', 'Line', 'Layout', 'points',
+           'gaps', 'papers', 'accuracy_panel', 'corner', 'footnote', 'legend', 'empty', 'images', 'accuracy_figure',
+           'Fit', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs', 'fig10', 'verdict',
+           'ordering']
 
 # %% ../nbs/07_accuracy.ipynb #df5f7ece
 import textwrap
@@ -235,10 +236,19 @@ def draw_table(table:pd.DataFrame   # as `specifications` gives it
     for y in (-.5, 1.5, [c.endswith("%)") for c in rows].index(True) - .5): ax.axhline(y, color="gray", lw=.6)
     return fig
 
-# %% ../nbs/07_accuracy.ipynb #67e6d78e
+# %% ../nbs/07_accuracy.ipynb #48986825
+def plain_table(table:pd.DataFrame   # of numbers and short words
+               ) -> plt.Figure:
+    "Any other table, one line a row."
+    fig, ax = plt.subplots(figsize=(1.05*len(table.columns), .22*(len(table) + 1.5)))
+    cells = ax.table(table.astype(str).values.tolist(), colLabels=list(table.columns), loc="center", cellLoc="right", edges="horizontal")
+    cells.auto_set_font_size(False); cells.set_fontsize(7); cells.auto_set_column_width(range(len(table.columns)))
+    ax.axis("off")
+    return fig
+
 def save_table(table:pd.DataFrame, name:str, study:str) -> plt.Figure:
     "Keep a table as CSV, PNG and SVG."
-    fig = save(draw_table(table), name, study)
+    fig = save((draw_table if "Family" in table else plain_table)(table), name, study)
     write(runs_dir()/study/"figures"/f"{name}.csv", table.to_csv(index=False))
     return fig
 

@@ -43,7 +43,7 @@ from .experiment import SCHEDULES, Claim, Spec, choose, load_record, parameters,
 from .graph import Graph
 from .kernels import accelerate, keep_memory
 from .models import BiasAct, FixupConv, create_model, generator
-from .penalties import regularizers
+from .penalties import Embedding, regularizers
 from .policies import counts, freeze, load_moved, moved, trainable
 
 # %% ../nbs/04_train.ipynb #7a3f1037
@@ -142,7 +142,7 @@ def learner(spec:Spec,                        # the run
     metrics = [accuracy, top5]
     if not trainable(model): own.append(Still())
     if num_distrib() > 1: own.append(Parallel())
-    elif device.type == "cuda" and len(regularizers(spec)) == 1: own.append(Graph(Schedule))   # a penalty is not captured
+    elif device.type == "cuda" and len(regularizers(spec)) == 1: own.append(Graph(Schedule, Embedding))   # a penalty is not captured
     if spec.patience:
         data, held = hold_out(data, spec.seed)
         metrics.append(HeldOut(loaders(held, max(spec.batch_size, 1000), device=device)[1]))
@@ -341,8 +341,8 @@ def after_epoch(self:Journal):
         raise RuntimeError(f"{self.folder} was finished by another process while this one trained it; its record stands.")
     (test, acc, five, *held), (total, seen) = self.recorder.values[-1][1:], summed(float(self.total), self.seen)
     row = dict(epoch=self.epoch+1, lr=self.opt.hypers[0]["lr"], train_loss=total/seen, loss=test,
-               accuracy=100*acc, top5=100*five, seconds=time.monotonic()-self.began, **({} if num_distrib() > 1 else self.embedding.row()),
-               **({HeldOut.name: held[0]} if held else {}))
+               accuracy=100*acc, top5=100*five, **({} if num_distrib() > 1 else self.embedding.row()),
+               **({HeldOut.name: held[0]} if held else {}), seconds=time.monotonic()-self.began)
     self.rows.append({k: v if k == "epoch" else float(f"{v:.6g}") for k,v in row.items()})
     self.diverged = not math.isfinite(row["train_loss"] + row["loss"])
     if not rank_distrib():

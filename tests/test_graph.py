@@ -6,6 +6,7 @@ import pytest
 import torch
 from bnonly.experiment import Spec, run_dir
 from bnonly.graph import Graph
+from bnonly.penalties import Embedding
 from bnonly.train import Schedule, fit, fit_many
 from fastai.callback.core import Callback
 
@@ -22,7 +23,7 @@ def same(spec, *studies):
 @pytest.mark.parametrize("policy", ["bn", "all", "random2"])
 def test_a_graph_changes_no_number(policy):
     "1,437 images: eleven batches of 128 that are replayed, and a smaller one that is not."
-    spec, graph, generator = replace(TINY, policy=policy), Graph(Schedule), torch.get_rng_state()
+    spec, graph, generator = replace(TINY, policy=policy), Graph(Schedule, Embedding), torch.get_rng_state()
     fit(spec, "plain")
     fit(spec, "graph", cbs=[graph])
     assert graph.on and graph.replay is not None and same(spec, "plain", "graph")
@@ -35,8 +36,8 @@ def test_a_run_goes_on_within_a_graph():
         def after_epoch(self): raise KeyboardInterrupt
     fit(TINY, "plain")
     with pytest.raises(KeyboardInterrupt):
-        fit(TINY, "graph", cbs=[Graph(Schedule), Stop()])
-    fit(TINY, "graph", cbs=[Graph(Schedule)])
+        fit(TINY, "graph", cbs=[Graph(Schedule, Embedding), Stop()])
+    fit(TINY, "graph", cbs=[Graph(Schedule, Embedding)])
     assert same(TINY, "plain", "graph")
 
 
@@ -44,7 +45,7 @@ def test_a_callback_that_looks_into_a_step_is_called():
     class Look(Callback):
         seen = 0
         def after_pred(self): Look.seen += self.training
-    graph = Graph(Schedule)
+    graph = Graph(Schedule, Embedding)
     fit(replace(TINY, epochs=1), cbs=[graph, Look()])
     assert not graph.on and Look.seen == 12
 
