@@ -537,6 +537,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'bnonly.report.as_html': ('report.html#as_html', 'bnonly/report.py'),
                                'bnonly.report.bench_arguments': ('report.html#bench_arguments', 'bnonly/report.py'),
                                'bnonly.report.bench_command': ('report.html#bench_command', 'bnonly/report.py'),
+                               'bnonly.report.campaign_command': ('report.html#campaign_command', 'bnonly/report.py'),
                                'bnonly.report.caption': ('report.html#caption', 'bnonly/report.py'),
                                'bnonly.report.check': ('report.html#check', 'bnonly/report.py'),
                                'bnonly.report.claims': ('report.html#claims', 'bnonly/report.py'),

@@ -7,7 +7,8 @@ __all__ = ['MAIN', 'STYLE', 'SORTING', 'CAPTIONS', 'THE_PAPERS', 'BESIDES', 'TAB
            'execute', 'as_html', 'pages', 'page', 'table_html', 'picture', 'stand_ins', 'caption', 'told', 'pictures',
            'figures_html', 'spread', 'answer', 'claims', 'claims_html', 'overview', 'runs_page', 'site', 'settings',
            'inputs', 'figures', 'report', 'train_command', 'study_command', 'report_command', 'figures_command',
-           'claims_command', 'explore_command', 'bench_command', 'bench_arguments', 'parser', 'check', 'main']
+           'claims_command', 'campaign_command', 'explore_command', 'bench_command', 'bench_arguments', 'parser',
+           'check', 'main']
 
 # %% ../nbs/15_report.ipynb #ae39b163
 import hashlib, html, json, os, re, shutil, sys, warnings
@@ -413,6 +414,12 @@ def claims_command(study:str):
               + (f" (needs {r['needs']})" if r["needs"] else ""))
     print(f"\n{len(found)} claims: {tally(found)}")
 
+# %% ../nbs/15_report.ipynb #a8cdb095
+def campaign_command(minutes:float, out:str, workers:int):
+    "Train what is most worth it in the time that a machine is at hand."
+    from bnonly.campaign import campaign
+    campaign(minutes, out, workers)
+
 # %% ../nbs/15_report.ipynb #63286110
 def explore_command(port:int):
     "Serve the explorer."
@@ -446,9 +453,13 @@ def parser():
     from argparse import ArgumentParser
     from fastcore.script import anno_parser
     p = ArgumentParser("bnonly", description="Train BatchNorm and only BatchNorm: a literate study.")
-    commands = p.add_subparsers(dest="command", metavar="train | study | figures | claims | report | explore | bench", required=True)
+    commands = p.add_subparsers(dest="command", metavar="train | study | figures | claims | report | explore | bench | campaign", required=True)
     one = commands.add_parser("train", help="train one run", parents=[anno_parser(Spec)], add_help=False, conflict_handler="resolve")
     one.add_argument("--study", default="scratch", help="the folder under runs/ that keeps the record (default: scratch)")
+    gpu = commands.add_parser("campaign", help="train what is most worth it while a machine is at hand, and pack the records")
+    gpu.add_argument("--minutes", type=float, default=25, help="of training (default: 25)")
+    gpu.add_argument("--out", default="home", help="the folder for the archives (default: home)")
+    gpu.add_argument("--workers", type=int, default=0, help="processes; 0 is one for each core (default: 0)")
     look = commands.add_parser("explore", help="turn a run over in a browser")
     look.add_argument("--port", type=int, default=8866, help="of the page on this machine (default: 8866)")
     for name,what in COMMANDS.items():
@@ -475,12 +486,13 @@ def check(argv, parser):
 
 # %% ../nbs/15_report.ipynb #1e343e7b
 def main(argv:list|None=None):
-    "The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore | bench."
+    "The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore | bench | campaign."
     try:
         check(sys.argv[1:] if argv is None else argv, p := parser())
         args = vars(p.parse_args(argv))
         if args["command"] == "train": train_command(Spec(**{k: args[k] for k in Spec.__dataclass_fields__}), args["study"])
         elif args["command"] == "explore": explore_command(args["port"])
+        elif args["command"] == "campaign": campaign_command(*(args[k] for k in ("minutes", "out", "workers")))
         elif args["command"] == "study": study_command(args["name"], *(args[k] for k in ("workers", "only", "retry_failed", "dry_run", "engine", "gpus_per_run")))
         elif args["command"] == "bench": bench_command(*(args[k] for k in ("archs", "policies", "open_lth", "rounds", "ideas", "json")))
         else: dict(figures=figures_command, claims=claims_command, report=report_command)[args["command"]](args["name"])
