@@ -196,7 +196,7 @@ def by_joblib(todo:list, workers:int, task) -> iter:   # task: from a spec to wh
     "Results of a task over specs, as they come, from processes of this machine."
     from joblib import Parallel, delayed
     warnings.filterwarnings("ignore", "A worker stopped while some jobs")   # loky renews a worker whose memory grows, as ours shall
-    return Parallel(min(workers, len(todo)), return_as="generator_unordered")(delayed(task)(s) for s in todo)
+    return Parallel(min(workers, len(todo)), idle_worker_timeout=10, return_as="generator_unordered")(delayed(task)(s) for s in todo)
 
 # %% ../nbs/05_sweep.ipynb #ecdec12d
 def by_ray(todo:list, workers:int, task, gpus:float=0) -> iter:   # gpus: for each run, a fraction where several share one
