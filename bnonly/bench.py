@@ -54,7 +54,7 @@ def as_data(x, y):
 def _timed(learn, clock):
     def steps(n):
         clock.start(n)
-        learn.fit(10**6)
+        with learn.no_bar(), learn.no_logging(): learn.fit(10**6)
         return clock.ends
     return steps
 
@@ -154,7 +154,7 @@ def worker(candidate, *folder):
         for line in sys.stdin:
             told = json.loads(line)
             if isinstance(told, list): steps = CANDIDATES[candidate](*told, *images, *folder)
-            else: print(json.dumps(np.diff(steps(told + 1)).tolist()), file=out, flush=True)
+            else: print(json.dumps(np.diff(steps(told + 3)[2:]).tolist()), file=out, flush=True)
 
 class Process:
     "A candidate in a process of its own."
@@ -165,16 +165,16 @@ class Process:
     def tell(self, what): print(json.dumps(what), file=self.pipe.stdin, flush=True)
 
     def begin(self, *what):   # network and policy
-        self.seconds, self.steps = [], 2
+        self.seconds, self.steps = [], 3
         self.tell(what)
 
     def turn(self, length):
-        "Train for about `length` seconds, and two steps at least."
+        "Train for about `length` seconds, and three steps at least."
         self.tell(self.steps)
         answer = self.pipe.stdout.readline()
         if not answer: raise RuntimeError(f"the candidate {self.name!r} stopped; its error is above.")
         found = json.loads(answer)
-        self.steps = max(2, round(length/median(found)))
+        self.steps = max(3, round(length/median(found)))
         self.seconds += found
 
 # %% ../nbs/05_bench.ipynb #57129b29
@@ -187,7 +187,7 @@ def processes(names, open_lth=None):   # yields name to Process
         for p in found.values(): p.pipe.stdin.close()
         for p in found.values(): p.pipe.wait()
 
-def take_turns(found:dict, arch:str, policy:str, rounds:int, length:float=.6) -> dict:   # name to images a second: median, quartiles
+def take_turns(found:dict, arch:str, policy:str, rounds:int, length:float=1.5) -> dict:   # name to images a second: median, quartiles
     "Time some candidates on one network, one after the other, again and again."
     for p in found.values(): p.begin(arch, policy)
     for i in range(rounds+1):
@@ -252,7 +252,7 @@ def in_words(r:dict) -> str:   # r: a row of `bench` or of `bench_ideas`
 # %% ../nbs/05_bench.ipynb #7bb57c2a
 def bench(archs=ARCHS, policies=TRAINS,
           open_lth:str="",     # a checkout of open_lth
-          rounds:int=4,        # turns of each candidate
+          rounds:int=3,        # turns of each candidate
           say=print            # called with each row
          ) -> dict:            # the record
     "Time every candidate on every network and policy, and keep the record; `ValueError` for a name that does not exist."
