@@ -1,6 +1,10 @@
 "The explorer answers from the records, at once, and does so in a browser."
+import shutil
 import socket
+import subprocess
+import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -62,36 +66,86 @@ def test_a_run_without_images_says_so():
     assert told == dict(below=2, channels=3) and "not measured" in explore.sentences(told, 50)
 
 
-@pytest.fixture
-def voila(monkeypatch):
-    "The explorer served as a page."
-    pytest.importorskip("voila", reason="voila is not installed: pip install 'bnonly[dev]'")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    monkeypatch.setenv("BNONLY_RUNS", str(ROOT / "runs"))
-    monkeypatch.chdir(ROOT)
-    server = explore.serve(port, wait=False)
+def test_runs_that_cannot_be_shown_are_not_offered(explorer, tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "runs/decay", tmp_path / "decay")
+    monkeypatch.setenv("BNONLY_RUNS", str(tmp_path))
+    broken = tmp_path / "decay" / KEY.format(0) / "features.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-9])
+    for f in (explore.choices, explore.load):
+        f.cache_clear()
+    with pytest.warns(UserWarning, match="not as it was written"):
+        mine = explore.choices("decay")
+    assert len(mine) == 14 and str(broken.parent) not in set(mine.folder)
+    with pytest.warns(UserWarning):
+        explore.choices.cache_clear(), explore.load.cache_clear()
+        assert Explorer().choices["study"].options == ("decay",)
+
+
+@contextmanager
+def serving(address, server):
+    "Wait for a server, and end it at last."
     for _ in range(300):
         try:
-            urlopen(f"http://127.0.0.1:{port}/voila/static/", timeout=1)
+            urlopen(address, timeout=1)
         except OSError as e:
             if getattr(e, "code", None):   # it answers, if only that there is nothing here
                 break
             time.sleep(.2)
         else:
             break
-    yield f"http://127.0.0.1:{port}"
-    server.terminate()
-    server.wait(10)
+    try:
+        yield
+    finally:
+        server.terminate()
+        server.wait(10)
 
 
-def test_in_a_browser_the_slider_changes_the_picture_and_the_numbers(page, voila):
-    page.goto(voila, timeout=120_000)
-    page.wait_for_selector(".noUi-handle", timeout=120_000)
-    page.wait_for_selector(".widget-image, img.widget-image", timeout=60_000)
-    say = lambda what: page.locator(f"b.{what}").inner_text()
-    page.locator("select").nth(3).select_option("weight_decay=0.012,seed=0")
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def voila(page, folder):
+    "The explorer served as a page."
+    pytest.importorskip("voila", reason="voila is not installed: pip install 'bnonly[dev]'")
+    at = f"http://127.0.0.1:{(port := free_port())}"
+    with serving(f"{at}/voila/static/", explore.serve(port, wait=False)):
+        page.goto(at, timeout=120_000)
+        yield
+
+
+def lab(page, folder):
+    "A copy of the notebook in JupyterLab, all cells run."
+    shutil.copy(ROOT / "nbs/14_explore.ipynb", folder)
+    at = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ServerApp.ip=127.0.0.1", "--allow-root",
+               f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=", "--LabApp.news_url=None"]
+    with serving(f"{at}/api", subprocess.Popen(command, stderr=subprocess.DEVNULL)):
+        page.set_viewport_size(dict(width=1400, height=4000))   # cells out of sight are not drawn
+        page.goto(f"{at}/doc/tree/14_explore.ipynb", timeout=120_000)
+        page.get_by_text("| Idle").wait_for(timeout=120_000)   # the kernel has started
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        page.wait_for_function("/[0-9]/.test([...document.querySelectorAll('.jp-InputPrompt')].at(-1).textContent)", timeout=120_000)   # the last cell has run
+        yield
+
+
+@pytest.mark.parametrize("place", [voila, lab])
+def test_in_a_browser_the_slider_changes_the_picture_and_the_numbers(page, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("BNONLY_RUNS", str(ROOT / "runs"))
+    monkeypatch.chdir(ROOT)
+    with contextmanager(place)(page, tmp_path):
+        page.wait_for_selector(".noUi-handle", timeout=120_000)
+        page.wait_for_selector("img.widget-image", timeout=60_000)
+        walk(page)
+    assert not page.left and not page.errors
+
+
+def walk(page):
+    "Choose a run, move the slider with the keyboard, and compare what is shown with the record."
+    lists, say = page.locator(".widget-dropdown select"), lambda what: page.locator(f"b.{what}").inner_text()
+    lists.nth(3).select_option("weight_decay=0.012,seed=0")
     page.wait_for_function(f"document.querySelector('b.share').textContent === '{expected(.1)[0]}'", timeout=30_000)
     for step in range(1, 4):
         t = round(.1 + .005 * step, 3)
@@ -104,4 +158,3 @@ def test_in_a_browser_the_slider_changes_the_picture_and_the_numbers(page, voila
         after = page.locator("img.widget-image").evaluate_all("all => all.map(i => i.src)")
         assert [a != b for a, b in zip(before, after)] == [True, True, False, False]   # gamma and beta, clamping; not the map, not the curves
     assert page.locator("img.widget-image").evaluate_all("all => all.every(i => i.naturalWidth > 300)")
-    assert not page.left and not page.errors
