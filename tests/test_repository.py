@@ -131,3 +131,13 @@ def test_numbers_in_the_readme_come_from_records(monkeypatch):
     for arch, policy, mean, sd, n in rows:
         r = found[arch.lower().replace("-", ""), policy]
         assert (mean, n) == (f"{r['mean']:.1f}", str(r["n"])) and (not sd or sd == f"{r['sd']:.1f}"), (arch, policy)
+
+
+def test_the_readme_tells_what_the_whole_schedule_gave(monkeypatch):
+    "The sentence on runs/paper holds the ledger's numbers."
+    from bnonly.claims import gather, ledger
+    monkeypatch.delenv("BNONLY_RUNS")
+    found = ledger(gather("paper")).set_index("id")
+    told, = re.findall(r"reaches ([\d.]+)%.* Of its gammas ([\d.]+)% .* moves by ([\d.]+) points.* ([\d.]+)% of its ReLUs", (ROOT / "README.md").read_text())
+    for number, claim in zip(told, ("r14-bn-acc", "disabled-third", "clamp01-bn", "silent-bn")):
+        assert float(number) == round(float(found.measured[claim]), 1) and found.n[claim] == "1", claim
