@@ -27,6 +27,12 @@ def test_the_benchmark_refuses_a_mistake_before_it_starts(argv, answer):
         main(["bench", *argv])
 
 
+def test_goals_from_the_command_line(monkeypatch, capsys):
+    monkeypatch.setattr("bnonly.bench.bench_goals", lambda say: say(dict(what="160 epochs of resnet14", goal=30, measured=25.5)))
+    main(["bench", "--goals"])
+    assert capsys.readouterr().out == "160 epochs of resnet14: 25.5 (the goal, on one H200: 30)\n"
+
+
 START = """
 import sys, time, torch, pandas, safetensors.torch, sklearn.datasets, fastai.learner, fastai.metrics, fastai.callback.core
 begin = time.process_time()
