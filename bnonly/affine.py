@@ -96,6 +96,7 @@ def fig04(features:pd.DataFrame,   # as `channels` gives it
     own = plain(features[features.policy.isin(PAIR)])
     cases = {p: case(own, p, a) for p,a in FAVOURITES.items()}
     missing = lacks([s for s in plan if s.arch in (*FAVOURITES.values(), *cases.values())], features, *FAVOURITES)
+    missing += [f"{a} stands in for {FAVOURITES[p]}" for p,a in cases.items() if a and a != FAVOURITES[p]]
     cases = {p: a for p,a in cases.items() if a}
     if not cases: return empty("The distribution of γ in a ResNet trained under both policies", *missing)
     fig, axes = plt.subplots(1, len(cases), figsize=(WIDTH if len(cases) > 1 else 5.4, 2.7), squeeze=False)
@@ -227,12 +228,11 @@ def distributions(features:pd.DataFrame,   # as `channels` gives it
 def in_numbers(table:pd.DataFrame,      # as `results` gives it
                features:pd.DataFrame    # as `channels` gives it
               ) -> pd.DataFrame:        # one row a statement
-    "The paper's three numbers beside the range over the networks of a study."
+    "The paper's numbers beside the range over the networks of a study."
     small = small_gammas(plain(features))
     small, mean = _means(small[small.threshold == "0.01"], "share"), _means(plain(table), "accuracy")
     rows = [("BatchNorm above 2 random params per channel (points)", 17, 21, mean["bn"] - mean["random2"]),
-            ("gammas below 0.01, BatchNorm only (%)", 25, 33, small["bn"]),
-            ("gammas below 0.01, all parameters (%)", 4, 5, small["all"])]
+            ("gammas below 0.01, BatchNorm only (%)", 25, 33, small["bn"])]
     return pd.DataFrame([_beside(*r) for r in rows if r[-1].notna().any()], columns=["statement", "the paper", "here", "networks", "verdict"])
 
 # %% ../nbs/08_affine.ipynb #ce793822
@@ -243,7 +243,7 @@ def _means(table, value):
 
 def _beside(what, low, high, ours):
     meets = ours.min() <= high + .5 and ours.max() >= low - .5
-    return {"statement": what, "the paper": f"{low} to {high}", "here": f"{ours.min():.1f} to {ours.max():.1f}",
+    return {"statement": what, "the paper": f"{low} to {high}", "here": " to ".join(dict.fromkeys(f"{v:.1f}" for v in (ours.min(), ours.max()))),
             "networks": ours.notna().sum(), "verdict": "agrees" if meets else "disagrees"}
 
 # %% ../nbs/08_affine.ipynb #070eeb64

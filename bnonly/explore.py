@@ -48,14 +48,15 @@ def explorable() -> list[str]:
 # %% ../nbs/14_explore.ipynb #d2375da1
 def numbers(found:dict,        # features of a run
             threshold:float    # of |gamma|
-           ) -> dict:          # below, channels; low, high: % correct at the measured thresholds around; silent, relus
+           ) -> dict:          # below, channels; measured: gammas at 0 and % correct, exactly there or around; silent, relus
     "What a run comes to at a threshold."
     size = np.abs(found["gamma"])
     told = dict(below=int((size < np.float32(threshold)).sum()), channels=len(size))
     if "correct" in found:
-        levels, right = found["threshold"], 100*found["correct"]/found["tested"]
-        at = np.searchsorted(levels, np.float32(threshold), "right") - 1
-        told |= dict(low=float(right[at]), high=float(right[at if levels[at] == np.float32(threshold) or at+1 == len(levels) else at+1]))
+        clamped, right = found["clamped"], 100*found["correct"]/found["tested"]
+        at = int(np.searchsorted(clamped, told["below"], "right")) - 1   # the last with at most as many
+        exact = clamped[at] == told["below"]
+        told["measured"] = [(int(clamped[i]), float(right[i])) for i in range(at, min(at + (1 if exact else 2), len(clamped)))]
     if "zero" in found: told |= dict(silent=int((found["zero"] > SILENT).sum()), relus=int(np.isfinite(found["zero"]).sum()))
     return told
 
@@ -63,11 +64,11 @@ def numbers(found:dict,        # features of a run
 def sentences(told:dict, accuracy:float) -> str:   # HTML; accuracy: as trained, in percent
     "The numbers in words."
     lines = [f"<b class='share'>{100*told['below']/told['channels']:.1f}%</b> of the gammas are below the threshold ({told['below']:,} of {told['channels']:,})."]
-    if "low" not in told: return "<br>".join(lines + ["Accuracy and silent ReLUs were not measured: the images were not there."])
-    low, high = sorted((told["low"], told["high"]))
-    between = f"{low:.1f}%" if low == high else f"{low:.1f} to {high:.1f}%"
-    lines.append(f"With them set to 0 the test accuracy is <b class='accuracy'>{between}</b>; as trained it is {accuracy:.1f}%.")
-    return "<br>".join(lines + [f"{told['silent']:,} of {told['relus']:,} ReLUs are zero more than 99% of the time."])
+    if "measured" not in told: return "<br>".join(lines + ["Accuracy and silent ReLUs were not measured: the images were not there."])
+    percent, (count, *more) = " and ".join(f"{a:.1f}%" for _,a in told["measured"]), [f"{n:,}" for n,_ in told["measured"]]
+    what = f"Measured with {count} and {more[0]} of them set to 0" if more else "With them set to 0" if told["measured"][0][0] == told["below"] else f"Measured with {count} of them set to 0, and not beyond"
+    lines.append(f"{what}, the test accuracy is <b class='accuracy'>{percent}</b>; as trained it is {accuracy:.1f}%.")
+    return "<br>".join(lines + [f"{told['silent']:,} of {told['relus']:,} ReLUs are zero more than 99% of the time." if told["relus"] else "This network has no ReLU."])
 
 # %% ../nbs/14_explore.ipynb #d7815554
 def canvas(columns:int=1, wide:float=4.6) -> tuple:   # (figure, axes)
@@ -101,9 +102,9 @@ def clamping(found:dict, threshold:float, color:str) -> bytes:   # PNG
         share, right = 100*found["clamped"]/len(found["gamma"]), 100*found["correct"]/found["tested"]
         ax.plot(share, right, "o-", color=color)
         told = numbers(found, threshold)
-        at = 100*told["below"]/told["channels"]
+        at, tried = 100*told["below"]/told["channels"], np.array(told["measured"])
         ax.axvline(at, color="black", lw=1)
-        ax.plot([at, at], [told["low"], told["high"]], "s-", color="black", ms=6, mfc="white")
+        ax.plot(100*tried[:, 0]/told["channels"], tried[:, 1], "s", color="black", ms=6, mfc="white")
     return png(fig)
 
 def silence(found:dict) -> bytes:   # PNG

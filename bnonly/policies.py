@@ -89,7 +89,7 @@ def rest(model):
 
 def _present(model, tokens, found):   # found: roles of the model
     "Refuse a policy for a model from elsewhere that has nothing of what it names."
-    for t in {"bn", "norm", "shortcut"} & set(tokens):
+    for t in {"bn", "norm", "shortcut", "output"} & set(tokens):
         if not found & {t, *(["bn"] if t == "norm" else [])}:
             has = [r for r in ("norm", "output") if r in found or r == "norm" and "bn" in found]
             raise ValueError(f"policy {t!r} trains nothing of {type(model).__name__}, whose roles are {', '.join(sorted(found))}; "

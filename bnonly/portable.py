@@ -10,6 +10,7 @@ __all__ = ['FORMAT', 'FAMILIES', 'LIMIT', 'layout', 'pack', 'unpack', 'digest', 
 import hashlib, json, math, re
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 
 import safetensors.torch
@@ -64,7 +65,7 @@ def features(model:nn.Module) -> str:
     "A digest of every parameter of a network as its seed drew it."
     return digest(dict(model.named_parameters()))
 
-# %% ../nbs/13_portable.ipynb #85fcead5
+# %% ../nbs/13_portable.ipynb #1ace1b59
 FORMAT = "bnonly-portable-1"
 FAMILIES = "cifar", "wide", "imagenet", "vgg"   # what a file may name
 
@@ -79,6 +80,15 @@ def describe(model) -> dict:   # name to string
     return dict(made, format=FORMAT, policy="+".join(f"{t}{k or ''}" for t,k in parse_policy(model.frozen["policy"])),
                 entries=str(model.frozen["seed"]), compute=getattr(model, "prepared", "plain"), versions=json.dumps(tools))
 
+# %% ../nbs/13_portable.ipynb #8f70f00c
+def _alike(model, fresh, arch):
+    "Refuse a network that was changed after `create_model`."
+    kinds = lambda m: {n: f"{n} {tuple(t.shape)} {t.dtype}" for n,t in m.state_dict().items()}
+    for ours,theirs in (str(model).splitlines(), str(fresh).splitlines()), (kinds(model).values(), kinds(fresh).values()):
+        odd = next(((a or b).strip() for a,b in zip_longest(ours, theirs) if a != b), None)
+        if odd: raise ValueError(f"{odd!r} is not what create_model makes of {arch}; a network that was changed needs a full checkpoint.")
+
+# %% ../nbs/13_portable.ipynb #4f9ebe2b
 def save_portable(spec_or_model,          # the spec of a finished run, or a network from `create_model` and `freeze`
                   path:Path,              # of the file, e.g. 'digits.safetensors'
                   study:str="scratch"     # the folder under runs/ that keeps the record of a spec
@@ -95,6 +105,7 @@ def save_portable(spec_or_model,          # the spec of a finished run, or a net
     told["features"] = features(fresh)
     fresh = freeze(fresh, model.frozen["policy"], model.frozen["seed"])
     plan = layout(*(model.made[k] for k in ("arch", "num_classes", "in_channels")), told["policy"])
+    _alike(model, fresh, told["arch"])
     for (n,p),(_,q) in zip(model.named_parameters(), fresh.named_parameters()):
         if not q.requires_grad and not torch.equal(p.cpu(), q): raise ValueError(f"{n} is frozen and yet not what its seed draws; such a network needs a full checkpoint.")
     vectors = pack(moved(model), plan)
@@ -158,7 +169,7 @@ def read(path:Path, limit:int=LIMIT) -> tuple:   # (metadata, origin, vectors)
 # %% ../nbs/13_portable.ipynb #bf0c9890
 def load_portable(path:Path,          # as `save_portable` wrote it
                   device=None,        # default: the CPU
-                  limit:int=LIMIT     # parameters of the largest network to build
+                  limit:int=LIMIT     # parameters of the largest network to build; one of n takes about 5n bytes while its features are checked
                  ) -> nn.Module:      # ready, in evaluation mode
     "Rebuild a network from its seed and what moved; `ValueError` for a damaged file, or where the seed draws other features."
     told, made, vectors = read(path, limit)
@@ -188,6 +199,7 @@ def file_size(arch:str,            # e.g. 'resnet866'
 class Tasks:
     "One random network, and what each of several tasks trained of it."
     def __init__(self, files:dict, device=None):   # name of a task to its portable file
+        if not files: raise ValueError("Tasks needs at least one portable file; save_portable writes them.")
         self.model = load_portable(next(iter(files.values())), device)
         self.places, self.moved, first = list(moved(self.model).values()), {}, None
         for name,path in files.items():

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MAIN', 'STYLE', 'SORTING', 'CAPTIONS', 'THE_PAPERS', 'BESIDES', 'TABLES', 'HEADLINE', 'COMMANDS', 'drawing',
            'execute', 'as_html', 'pages', 'page', 'table_html', 'picture', 'stand_ins', 'caption', 'told', 'pictures',
-           'figures_html', 'spread', 'answer', 'claims', 'claims_html', 'overview', 'runs_page', 'site', 'settings',
-           'inputs', 'figures', 'report', 'train_command', 'study_command', 'report_command', 'figures_command',
-           'claims_command', 'campaign_command', 'explore_command', 'bench_command', 'bench_arguments', 'parser',
-           'check', 'main']
+           'figures_html', 'spread', 'answer', 'claims', 'claims_html', 'recipe_html', 'overview', 'runs_page', 'site',
+           'settings', 'inputs', 'figures', 'report', 'train_command', 'study_command', 'report_command',
+           'figures_command', 'claims_command', 'campaign_command', 'explore_command', 'bench_command',
+           'bench_arguments', 'parser', 'check', 'main']
 
 # %% ../nbs/15_report.ipynb #ae39b163
 import hashlib, html, json, os, re, shutil, sys, warnings
@@ -87,11 +87,13 @@ input[type=search]{font:.95rem var(--sans);padding:.45rem .6rem;border:1px solid
 pre{font:.8rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-x:auto;margin:.8rem 0;max-width:100%}
 .input_area pre,.highlight pre,pre.settings{background:#f7f7f8;padding:.7rem .9rem;border-radius:.35rem}pre.settings{white-space:pre-wrap;overflow-wrap:anywhere}code{font-size:.86em}
 .anchor-link,.prompt{display:none}
+@media screen and (max-width:40rem){.claims thead{display:none}.claims tr{display:block;padding:.6rem 0;border-bottom:1px solid var(--line)}.claims td,.claims td:nth-child(n){display:block;border:0;padding:.05rem 0;min-width:0}.claims td:empty{display:none}
+.claims td:nth-child(2){font-weight:600}.claims td:nth-child(3)::before{content:"the paper: "}.claims td:nth-child(4)::before{content:"measured: "}.claims td:nth-child(5)::before{content:"n = "}.claims td:nth-child(7)::before{content:"needs "}}
 @media(min-width:64rem){body{display:grid;grid-template-columns:14.5rem minmax(0,1fr)}
 nav{position:sticky;top:0;height:100vh;overflow:auto;white-space:normal;border:0;border-right:1px solid var(--line);padding:1.6rem 1.3rem}
 nav b,nav a{display:block;margin:0}nav b{margin-bottom:.7rem}nav span{display:block;margin:1.2rem 0 .2rem;color:#9a9aa0;font-size:.78rem}main{padding:1.6rem 3.2rem 6rem}}
 @media print{nav,.noprint{display:none!important}body{display:block;font-size:10pt}main{padding:0;max-width:none}main :is(h1,h2,h3,h4,p,ul,ol,blockquote),figcaption{max-width:none}
-h1,h2,h3{break-after:avoid}figure,tr,img{break-inside:avoid}a{color:inherit;text-decoration:none}.table{overflow:visible}table{font-size:7pt}td,.runs td{white-space:normal;overflow-wrap:anywhere}pre{white-space:pre-wrap}@page{margin:18mm 16mm}}
+h1,h2,h3{break-after:avoid}figure,tr,img{break-inside:avoid}a{color:inherit;text-decoration:none}.table{overflow:visible}table{font-size:7pt}td,.runs td{white-space:normal;overflow-wrap:break-word}.claims td:first-child{white-space:nowrap}pre{white-space:pre-wrap}@page{margin:18mm 16mm}}
 """
 
 # %% ../nbs/15_report.ipynb #7f67e59c
@@ -141,7 +143,7 @@ CAPTIONS = {   # name to what it shows, the families it has panels for
     "fig01": ("Accuracy with gamma and beta trainable and disabled", "ResNet WRN ImageNet"),
     "fig02": ("Accuracy when only some parameters train", "ResNet WRN ImageNet"),
     "fig03": ("Accuracy against the number of BatchNorm parameters, and its slope per doubling", "ResNet WRN"),
-    "fig04": ("The distribution of gamma in a deep network", "ResNet ImageNet"),
+    "fig04": ("The distribution of gamma in one deep network, the paper's ResNet-110 and ResNet-101", "ResNet ImageNet"),
     "fig05": ("The share of gammas below three thresholds", "ResNet WRN ImageNet"),
     "fig06": ("The change in accuracy when small gammas are set to 0", "ResNet WRN ImageNet"),
     "fig07": ("The share of ReLUs that are silent on 99% of inputs", "ResNet WRN ImageNet"),
@@ -152,10 +154,10 @@ CAPTIONS = {   # name to what it shows, the families it has panels for
     "fig12": ("Accuracy when shortcuts and output train too", "ResNet WRN ImageNet"),
     "fig13": ("Accuracy by the number of random parameters per channel", "ResNet WRN"),
     "fig14": ("Accuracy of two random parameters per channel with the output layer", "ResNet WRN ImageNet"),
-    **{f"fig{n}": (f"The distributions of {what} in all networks of a family", f) for n,what,f in (
+    **{f"fig{n}": (f"The distributions of {what} in {dict(ImageNet='the ResNets for ImageNet').get(f, f'every {f}')}", f) for n,what,f in (
         (15, "gamma", "ResNet"), (16, "beta", "ResNet"), (17, "gamma", "WRN"), (18, "beta", "WRN"),
         (19, "gamma", "ImageNet"), (20, "beta", "ImageNet"), (21, "gamma", "VGG"), (22, "beta", "VGG"))},
-    **{f"fig{n}": ("How often each ReLU is at 0", f) for n,f in ((23, "ResNet"), (24, "WRN"), (25, "ImageNet"))},
+    **{f"fig{n}": (f"How often each ReLU is at 0, in {dict(ImageNet='the ResNets for ImageNet').get(f, f'every {f}')}", f) for n,f in ((23, "ResNet"), (24, "WRN"), (25, "ImageNet"))},
 }
 
 # %% ../nbs/15_report.ipynb #92002698
@@ -244,7 +246,7 @@ def answer(comparisons,   # as `bnonly.accuracy.ordering` gives them
     found = comparisons["here"].value_counts().to_dict() if len(comparisons) else {}
     against = [f"The paper finds {r['the paper finds']}; here {r['first']} stands against {r['second']}."
                for r in comparisons.to_dict("records") if r["here"] == "reversed"]
-    against += [f"{r['statement']}: {r['the paper']} in the paper, {r['here']} here, over {r['networks']} networks."
+    against += [f"{r['statement']}: {r['the paper']} in the paper, {r['here']} here, over {r['networks']} network{'s'*(r['networks'] != 1)}."
                 for r in numbers.to_dict("records") if r["verdict"] == "disagrees"]
     told = ", ".join(f"{n} {what}" for what,n in found.items() if what != "holds")
     items = "".join(f"<li>{html.escape(o[0].upper() + o[1:])}</li>" for o in against)
@@ -273,6 +275,14 @@ def claims_html(study:str) -> str:
             + table_html(found[found.verdict != "not measured"].drop(columns=["id", "needs"]), "claims"))
 
 # %% ../nbs/15_report.ipynb #d556fe14
+def recipe_html(study:str) -> str:
+    "Every setting of the runs, those that settings.ini leaves at their defaults too, and what they were trained with."
+    import pandas as pd
+    sealed, few = records(study), lambda values: ", ".join(map(str, sorted(values, key=str))) if len(values) < 7 else f"{len(values)} of them"
+    rows = {n: few({getattr(Spec(**r["spec"]), n) for r in sealed}) for n in Spec.__dataclass_fields__}
+    rows |= {n: few({r["machine"].get(n, "") for r in sealed} - {""}) for n in ("processor", "device", "cores", "threads", "python", "torch", "fastai", "numpy", "bnonly")}
+    return "<h2>Every setting, and the machine</h2>" + table_html(pd.DataFrame(rows.items(), columns=["setting", "in these runs"]))
+
 HEADLINE = "fig02", "fig01"   # the first of them that a study has opens its report; else its first figure
 
 def overview(study:str) -> str:   # HTML
@@ -309,7 +319,7 @@ def site(study:str):
     shutil.copytree(runs_dir()/study/"figures", folder/"figures", dirs_exist_ok=True)
     write(folder/"figures.html", page(f"Figures: {study}", f"<h1>Figures and tables</h1>{figures_html(study, results(study))}", study, "figures"))
     write(folder/"runs.html", runs_page(study))
-    write(folder/"settings.html", page(f"Settings: {study}", f"<h1>The settings that made it</h1><pre class=settings>{html.escape(settings(study))}</pre>", study, "settings"))
+    write(folder/"settings.html", page(f"Settings: {study}", f"<h1>The settings that made it</h1><pre class=settings>{html.escape(settings(study))}</pre>{recipe_html(study)}", study, "settings"))
     for n in pages(study):
         source = root()/"nbs"/f"{'index' if n == 'article' else n}.ipynb"
         if n not in drawing(study) and source.exists() and n != "index": write(folder/f"{n}.html", page(n, as_html(source, code=True), study, n))

@@ -19,13 +19,13 @@ KEY = "resnet20,bn,digits,weight_decay=0.012,seed={}"
 
 
 def expected(threshold, seed=0):
-    "Share below a threshold and the measured accuracies around it, straight from the file."
+    "Share below a threshold, and the accuracies measured with as many gammas at 0 or with the next fewer and more, straight from the file."
     found = safetensors.numpy.load_file(ROOT / "runs/decay" / KEY.format(seed) / "features.safetensors")
     share = 100 * (np.abs(found["gamma"]) < np.float32(threshold)).mean()
-    levels, right = found["threshold"], 100 * found["correct"] / found["tested"][0]
-    below, above = np.flatnonzero(levels <= np.float32(threshold)), np.flatnonzero(levels >= np.float32(threshold))
-    ends = sorted({round(float(right[below[-1]]), 1), round(float(right[above[0] if len(above) else below[-1]]), 1)})
-    return f"{share:.1f}%", f"{ends[0]:.1f}%" if len(ends) == 1 else f"{ends[0]:.1f} to {ends[1]:.1f}%"
+    tried = dict(zip(found["clamped"].tolist(), (100 * found["correct"] / found["tested"][0]).tolist()))
+    count = int((np.abs(found["gamma"]) < np.float32(threshold)).sum())
+    around = [count] if count in tried else [max(n for n in tried if n < count), *sorted(n for n in tried if n > count)[:1]]
+    return f"{share:.1f}%", " and ".join(f"{tried[n]:.1f}%" for n in around)
 
 
 @pytest.fixture
@@ -59,6 +59,25 @@ def test_numbers_are_those_of_the_records(explorer):
         explorer.threshold.value = t
         share, accuracy = expected(t, seed=1)
         assert f"'share'>{share}<" in explorer.told.value and f"'accuracy'>{accuracy}<" in explorer.told.value, t
+
+
+def test_accuracies_are_those_of_the_clamped_network(explorer):
+    "Restored from its record, clamped and tested again; beyond what was tried it says so."
+    from bnonly.data import load_data, loaders
+    from bnonly.experiment import Spec
+    from bnonly.features import clamp, correct, restore
+    spec = Spec(arch="resnet20", data="digits", weight_decay=.012)
+    found, data = explore.load(str(ROOT / "runs/decay" / spec.key)), load_data("digits")
+    for t in (0, .01, .1, float(found["threshold"][-1]), .9):
+        model = restore(spec, "decay")
+        clamp(model, t)
+        right = 100 * correct(model, loaders(data, 128, device="cpu")[1]) / len(data.test)
+        (n, told), *more = explore.numbers(found, t)["measured"]
+        if n == explore.numbers(found, t)["below"]:
+            assert told == pytest.approx(right)
+        elif not more:
+            assert "and not beyond" in explore.sentences(explore.numbers(found, t), 50)
+    assert explore.numbers(found, .01)["measured"][1:] == [] and t == .9 and not more
 
 
 def test_a_run_without_images_says_so():

@@ -235,3 +235,31 @@ def test_a_model_that_cannot_be_told_asks():
     assert roles(backbone, ())["1.weight"] == "norm"
     with pytest.raises(ValueError, match="policy 'bn' trains nothing of Sequential.*the nearest is 'norm'"):
         freeze(backbone, "bn", output=())
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: setattr(m, "fc", torch.nn.Linear(64, 5)), lambda m: m.double(), lambda m: setattr(m, "fc", torch.nn.Sequential(m.fc, torch.nn.Softmax(1))),
+    lambda m: [setattr(b, "eps", .1) for b in m.modules() if isinstance(b, torch.nn.BatchNorm2d)]])
+def test_a_network_that_was_changed_is_not_saved(change, tmp_path):
+    "It would be refused when it is loaded, or compute something else."
+    model = freeze(create_model("resnet8"), "bn+output")
+    save_portable(model, tmp_path / "whole.safetensors")
+    change(model)
+    with pytest.raises(ValueError, match="needs a full checkpoint"):
+        save_portable(model, tmp_path / "changed.safetensors")
+    assert not (tmp_path / "changed.safetensors").exists()
+
+
+def test_an_output_that_shares_its_weight_is_not_forgotten():
+    "As language models have it: what would train is the embedding, so the policy is refused."
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.n, self.o = nn.Embedding(10, 4), nn.LayerNorm(4), nn.Linear(4, 10, bias=False)
+            self.o.weight = self.e.weight
+
+        def forward(self, x):
+            return self.o(self.n(self.e(x)))
+    assert counts(freeze(Tied(), "norm")).loc["all", "trainable"] == 8
+    with pytest.raises(ValueError, match="'output' trains nothing of Tied, whose roles are conv, norm; the nearest is 'norm'"):
+        freeze(Tied(), "norm+output")

@@ -252,7 +252,7 @@ def test_claims_of_dauphin_and_cubuk_follow_the_one_rule():
     assert said("dc-fl2-cifar", made(base)) == "reproduced"   # the better of two strengths
     assert said("dc-gap-cifar", made(base)) == "reproduced"
     assert said("dc-fl2-cifar", made({k: [v + 3*(k[1] != "") for v in vs] for k, vs in base.items()})) == "not reproduced"
-    assert said("dc-gap-cifar", made(base, images="digits", data="digits", arch="wrn10-1", epochs=25)) == "holds on digits, 25 epochs"
+    assert said("dc-gap-cifar", made(base, images="digits", data="digits", arch="wrn10-1", epochs=25)) == "holds on digits, 25 epochs, 1 stand-in"
     assert said("dc-svhn-bn", made(base, images="digits", data="digits", arch="wrn10-1")) == "not measured"
     assert said("dc-svhn-bn", made(base, images="SVHN", data="svhn")) == "not reproduced"
     share = {("fixup", "", 0): (72., 72.), ("batch", "", 0): (76., 76.), ("fixup+single", "", 0): (74.8, 74.8)}
