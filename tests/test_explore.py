@@ -1,6 +1,7 @@
 "The explorer answers from the records, at once, and does so in a browser."
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -39,17 +40,19 @@ def explorer(monkeypatch):
 
 
 def test_every_change_answers_within_300_ms(explorer):
-    explorer.choices["study"].value = "decay"
-    own = explore.choices("decay")
-    changes = {"threshold": (explorer.threshold, [.2, .3, .4, .5]), "policy": (explorer.choices["policy"], ["bn", "all"] * 2),
-               "run": (explorer.choices["rest"], list(own[own.policy == "all"].rest)[:4]), "curves": (explorer.others, [tuple(own.folder[:n]) for n in (1, 3, 5, 8)])}
+    "Time of this process, not of the clock: others may hold the machine. The first change of each kind also warms up."
+    own, choices = explore.choices("decay"), explorer.choices
+    changes = {"threshold": (explorer.threshold, [.2, .3, .4, .5]), "policy": (choices["policy"], ["bn", "all"] * 2),
+               "run": (choices["rest"], list(own[own.policy == "all"].rest)[:4]), "curves": (explorer.others, [tuple(own.folder[:n]) for n in (1, 3, 5, 8)]),
+               "study": (choices["study"], ["short", "decay"] * 2 + ["short"]), "network": (choices["arch"], ["resnet32", "resnet14"] * 2)}
+    choices["study"].value = "decay"
     for what, (widget, values) in changes.items():
         took = []
         for v in values:
-            before = time.process_time()   # not the wall clock: other processes may hold the machine
+            before = time.process_time()
             widget.value = v
             took.append(time.process_time() - before)
-        assert min(took) < .3, (what, took)
+        assert widget.value == values[-1] and statistics.median(took) < .3, (what, took)
 
 
 def test_numbers_are_those_of_the_records(explorer):
