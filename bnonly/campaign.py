@@ -22,11 +22,12 @@ from .train import Callback, CancelFitException, default_device, default_dtype, 
 
 # %% ../nbs/07_campaign.ipynb #43d155f4
 DEPTHS = "arch=resnet14,resnet32,resnet56,resnet110"
-PRIORITY = (f"{DEPTHS} policy=bn init=he_normal bn_init=uniform seed=0,1,2",
+PRIORITY = (f"{DEPTHS} policy=bn init=he_normal bn_init=uniform weight_decay=0.0001 seed=0,1,2",
             f"{DEPTHS} policy=all,all-affine,random2,output,bn+output init=he_normal bn_init=uniform seed=0",
             "arch=wrn14-2,wrn14-4,wrn14-8,wrn14-16 policy=bn bn_init=uniform seed=0",
             "arch=resnet218,resnet434,resnet866 policy=bn bn_init=uniform seed=0",
             f"{DEPTHS} policy=bn bn_init=positive seed=0",
+            "arch=resnet14,resnet110 policy=bn weight_decay=0 seed=0",
             f"{DEPTHS} policy=random4,random8,random16 seed=0",
             f"{DEPTHS} policy=bn+shortcut+output,shortcut+output seed=0",
             "arch=vgg11,vgg13,vgg16,vgg19 policy=bn,all seed=0",
