@@ -701,11 +701,11 @@ def ledger(runs:pd.DataFrame,              # as `gather` gives it
     own, rows = plain(runs, FREE) if len(runs) else runs, []
     for c in claims:
         items = c.measure(runs if c.on else own)   # a method of 11_regularization is a recipe of its own
-        if not _belongs(c, items): items = []
+        if not _belongs(c, items) or verdict(c, items) == "not measured": items = []
         seeds = [i.n for i in items]
         n = "" if c.exact or not items else f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)}-{max(seeds)}"
         rows.append({"id": c.id, "place": c.place, "claim": c.words, "paper": c.paper, "measured": _measured(items) if items else "",
-                     "n": n, "verdict": (said := verdict(c, items)), "needs": needs(c) if said == "not measured" else ""})
+                     "n": n, "verdict": verdict(c, items), "needs": "" if items else needs(c)})
     return pd.DataFrame(rows)
 
 # %% ../nbs/12_claims.ipynb #0ccb2859

@@ -87,7 +87,7 @@ input[type=search]{font:.95rem var(--sans);padding:.45rem .6rem;border:1px solid
 pre{font:.8rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-x:auto;margin:.8rem 0;max-width:100%}
 .input_area pre,.highlight pre,pre.settings{background:#f7f7f8;padding:.7rem .9rem;border-radius:.35rem}pre.settings{white-space:pre-wrap;overflow-wrap:anywhere}code{font-size:.86em}
 .anchor-link,.prompt{display:none}
-@media screen and (max-width:40rem){.claims thead{display:none}.claims tr{display:block;padding:.6rem 0;border-bottom:1px solid var(--line)}.claims td,.claims td:nth-child(n){display:block;border:0;padding:.05rem 0;min-width:0}.claims td:empty{display:none}
+@media screen and (max-width:40rem){.claims thead{display:none}.claims,.claims tbody{display:block}.claims tr{display:block;padding:.6rem 0;border-bottom:1px solid var(--line)}.claims td,.claims td:nth-child(n){display:block;border:0;padding:.05rem 0;min-width:0}.claims td:empty{display:none}
 .claims td:nth-child(2){font-weight:600}.claims td:nth-child(3)::before{content:"the paper: "}.claims td:nth-child(4)::before{content:"measured: "}.claims td:nth-child(5)::before{content:"n = "}.claims td:nth-child(7)::before{content:"needs "}}
 @media(min-width:64rem){body{display:grid;grid-template-columns:14.5rem minmax(0,1fr)}
 nav{position:sticky;top:0;height:100vh;overflow:auto;white-space:normal;border:0;border-right:1px solid var(--line);padding:1.6rem 1.3rem}
