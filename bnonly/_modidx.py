@@ -111,6 +111,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'bnonly.bench.plain_torch': ('bench.html#plain_torch', 'bnonly/bench.py'),
                               'bnonly.bench.processes': ('bench.html#processes', 'bnonly/bench.py'),
                               'bnonly.bench.rates': ('bench.html#rates', 'bnonly/bench.py'),
+                              'bnonly.bench.recorded': ('bench.html#recorded', 'bnonly/bench.py'),
                               'bnonly.bench.row': ('bench.html#row', 'bnonly/bench.py'),
                               'bnonly.bench.take_turns': ('bench.html#take_turns', 'bnonly/bench.py'),
                               'bnonly.bench.work': ('bench.html#work', 'bnonly/bench.py'),

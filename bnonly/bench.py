@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PEERS', 'IDEAS', 'CANDIDATES', 'ARCHS', 'TRAINS', 'GOALS', 'noise', 'Clock', 'ours', 'as_data', 'plain_loader',
            'plain_torch', 'plain_fastai', 'open_lth', 'loop', 'worker', 'Process', 'processes', 'take_turns', 'rates',
-           'work', 'row', 'in_words', 'bench', 'keep', 'bench_ideas', 'epochs_of', 'at_once', 'bench_goals', 'goals']
+           'work', 'row', 'in_words', 'bench', 'keep', 'bench_ideas', 'epochs_of', 'at_once', 'bench_goals', 'recorded',
+           'goals']
 
 # %% ../nbs/05_bench.ipynb #c0d916ce
 import json, os, subprocess, sys, tempfile, time
@@ -315,8 +316,13 @@ def bench_goals(data:str="cifar10", wanted=GOALS, epochs:int=4, say=print) -> di
         say(rows[-1])
     return keep(",goals", rows)
 
+def recorded(name:str   # of a file in runs/bench, e.g. 'cpu'
+            ) -> dict|None:
+    "A committed benchmark, if there is one."
+    file = root()/"runs/bench"/f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
 def goals() -> pd.DataFrame:
     "The goals beside what a GPU took, as committed."
-    file = root()/"runs/bench/cuda,goals.json"
-    measured = {r["what"]: r["measured"] for r in json.loads(file.read_text())["rows"]} if file.exists() else {}
+    measured = {r["what"]: r["measured"] for r in (recorded("cuda,goals") or dict(rows=[]))["rows"]}
     return pd.DataFrame([dict(what=k, goal=v, measured=measured.get(k, "not measured")) for k,v in GOALS.items()])

@@ -12,6 +12,7 @@ from bnonly.models import create_model, role_sizes
 from bnonly.policies import counts, dense, free, freeze
 from bnonly.train import fit, hold_out
 from fastai.callback.core import Callback
+from test_train import Stop
 from torch.nn import functional as F
 
 RUN = Spec(arch="mlp2-40", policy="gamma", epochs=60, patience=2, lr=.3, schedule="constant", weight_decay=0, bn_init="symmetric")
@@ -73,15 +74,6 @@ def test_gamma_and_beta_alone_are_for_networks_without_shortcuts():
         Spec(arch="resnet14", norm="affine")
     with pytest.raises(ValueError, match="norm 'affin' is not one of.*nearest is 'affine'"):
         Spec(arch="mlp2-10", norm="affin")
-
-
-class Stop(Callback):
-    "Stop as a user would, after some epochs."
-    order = 70
-    def __init__(self, epochs): self.left = epochs
-    def after_epoch(self):
-        self.left -= 1
-        if not self.left: raise KeyboardInterrupt
 
 
 def test_a_run_ends_when_the_held_out_loss_has_not_fallen():
