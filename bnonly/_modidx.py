@@ -354,6 +354,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bnonly.kernels._bn_forward': ('kernels.html#_bn_forward', 'bnonly/kernels.py'),
                                 'bnonly.kernels._channels_last': ('kernels.html#_channels_last', 'bnonly/kernels.py'),
                                 'bnonly.kernels._conv_forward': ('kernels.html#_conv_forward', 'bnonly/kernels.py'),
+                                'bnonly.kernels._linear_forward': ('kernels.html#_linear_forward', 'bnonly/kernels.py'),
+                                'bnonly.kernels._low': ('kernels.html#_low', 'bnonly/kernels.py'),
                                 'bnonly.kernels._pool_forward': ('kernels.html#_pool_forward', 'bnonly/kernels.py'),
                                 'bnonly.kernels._ptr': ('kernels.html#_ptr', 'bnonly/kernels.py'),
                                 'bnonly.kernels.accelerate': ('kernels.html#accelerate', 'bnonly/kernels.py'),

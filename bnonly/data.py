@@ -203,7 +203,7 @@ def shuffled(self:Batches,
     order, corner, mirror = (o.to(self.device) for o in draws(len(self.images), self.pad, self.flip, self.seed, epoch))
     for i in order.split(self.batch_size):
         i = own_part(i, self.share)
-        x = crop(self.padded, i, corner[i], mirror[i], self.pad)
+        x = crop(self.padded, i, corner[i], mirror[i], self.pad) if self.pad or self.flip else self.padded[i]
         yield normalize(x, *self.affine), self.images.y[i]
 
 @patch

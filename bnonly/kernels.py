@@ -95,7 +95,7 @@ struct Plan {
     }
     std::vector<float> tile(const float* p, float fallback) const {
         std::vector<float> t(W);
-        for (long i = 0; i < W; i++) t[i] = p ? p[i % C] : fallback;
+        for (long i = 0; i < W; i++) t[i] = i >= C ? t[i - C] : p ? p[i] : fallback;
         return t;
     }
     // Call f(V or float, first element, rows, width) for every chunk; the last chunk is the rest below one row.
@@ -113,7 +113,9 @@ struct Plan {
         for (long c = 0; c < chunks; c++)
             for (long i = 0; i < 2 * W; i++) wide[i] += part[c * 2 * W + i];
         out.assign(2 * C, 0.);
-        for (long i = 0; i < 2 * W; i++) out[i / W * C + i % W % C] += wide[i];
+        for (long s = 0; s < 2; s++)
+            for (long i = 0; i < W; i += C)
+                for (long c = 0; c < C; c++) out[s * C + c] += wide[s * W + i + c];
     }
 };
 
@@ -416,14 +418,19 @@ def _bn_forward(m, x, residual=None):
     if m.training: m.num_batches_tracked.add_(1)
     return bn_act(x, residual, m.weight, m.bias, m.running_mean, m.running_var, m.training, m.momentum, m.eps, m.relu)
 
-def _conv_forward(m, dtype, x):
-    "The forward pass of a frozen convolution, whose weight is rounded again only where somebody changed it."
+def _low(m, dtype):   # the weight of a frozen layer, rounded again only where somebody changed it
     version = m.weight._version, m.weight.data_ptr()
     if getattr(m, "_rounded", (None,))[0] != version: m._rounded = version, m.weight.detach().to(dtype)
-    low = m._rounded[1]
-    x = x.to(dtype)
-    geometry = m.stride, m.padding, m.dilation, m.groups
+    return m._rounded[1]
+
+def _conv_forward(m, dtype, x):
+    "The forward pass of a frozen convolution."
+    low, x, geometry = _low(m, dtype), x.to(dtype), (m.stride, m.padding, m.dilation, m.groups)
     return FrozenConv.apply(x, low, *geometry) if x.requires_grad else torch.conv2d(x, low, None, *geometry)
+
+def _linear_forward(m, dtype, x):
+    "The forward pass of a frozen linear layer, which keeps nothing of its input already."
+    return F.linear(x.to(dtype), _low(m, dtype), None if m.bias is None else m.bias.to(dtype))
 
 def _pool_forward(m, x):
     "The forward pass of a max-pooling layer."
@@ -437,8 +444,9 @@ def accelerate(model:nn.Module,      # frozen by its policy, channels-last, on i
     for m in model.modules():
         if isinstance(m, BatchNormAct): m.forward = partial(_bn_forward, m)
         if type(m) is nn.MaxPool2d: m.forward = partial(_pool_forward, m)
-        if type(m) is nn.Conv2d and m.bias is None and not m.weight.requires_grad:
-            m.forward = partial(_conv_forward, m, dtype)
+        if any(p.requires_grad for p in m.parameters()): continue
+        if type(m) is nn.Conv2d and m.bias is None: m.forward = partial(_conv_forward, m, dtype)
+        if type(m) is nn.Linear: m.forward = partial(_linear_forward, m, dtype)
     return model
 
 # %% ../nbs/03_kernels.ipynb #ae3ce817

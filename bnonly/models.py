@@ -189,7 +189,7 @@ class MLP(nn.Module):
                 x   # images [N, in_channels, H, W]
                ):   # logits [N, num_classes]
         x = x.flatten(1)
-        for linear,norm in zip(self.linear, self.norm): x = norm(linear(x)[:, :, None, None])[:, :, 0, 0]
+        for linear,norm in zip(self.linear, self.norm): x = norm(linear(x)[:, :, None, None]).flatten(1)
         return self.fc(x)
 
 # %% ../nbs/02_models.ipynb #2171c7e3
@@ -208,7 +208,7 @@ class LeNet(nn.Module):
         x = F.pad(x, (left, 32 - size[1] - left, top, 32 - size[0] - top))
         x = F.avg_pool2d(self.norm1(self.conv1(x)), 2)
         x = F.avg_pool2d(self.norm2(self.conv2(x)), 2).flatten(1)
-        for linear,norm in ((self.linear3, self.norm3), (self.linear4, self.norm4)): x = norm(linear(x)[:, :, None, None])[:, :, 0, 0]
+        for linear,norm in ((self.linear3, self.norm3), (self.linear4, self.norm4)): x = norm(linear(x)[:, :, None, None]).flatten(1)
         return self.fc(x)
 
 # %% ../nbs/02_models.ipynb #6b7db3f5

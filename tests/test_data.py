@@ -1,5 +1,6 @@
 "Every loader on tiny files of the real formats, and what each says of a file that is broken."
 import gzip, hashlib, os, pickle, subprocess, sys, tarfile, warnings
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from PIL import Image
 from torchvision import datasets
 
 from bnonly import data
-from bnonly.data import BrokenData, Batches, CIFAR10, FileBatches, Images, cache_files, load_data, loaders
+from bnonly.data import BrokenData, Batches, CIFAR10, FileBatches, Images, affine, cache_files, draws, load_data, loaders, normalize
 from bnonly.experiment import DATASETS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*holds .* where (CIFAR-10|MNIST) has")
@@ -80,6 +81,14 @@ def noise(n=10, size=8, channels=3, pad=2, flip=True):
 
 
 def pixels(d, x): return ((x.permute(0, 2, 3, 1)*torch.tensor(d.std) + torch.tensor(d.mean))*255).round().byte()
+
+
+def test_images_that_are_neither_cropped_nor_mirrored_come_in_the_order_of_the_epoch():
+    data = replace(load_data("digits"), pad=0, flip=False)
+    order = draws(len(data.train), 0, False, 3, 0)[0]
+    x, y = next(iter(loaders(data, 64, seed=3)[0]))
+    assert torch.equal(y, data.train.y[order[:64]])
+    assert torch.equal(x, normalize(data.train.x[order[:64]], *affine(data, 8*8, "cpu")))
 
 
 def test_every_training_image_is_a_crop_of_its_own():

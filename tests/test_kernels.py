@@ -15,7 +15,7 @@ from bnonly.policies import freeze, trainable
 from bnonly.train import fit, loss_func, prepare, sgd
 
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="no C++ compiler here, so there are no fused kernels to test")
-SHAPES = [(2, 16, 5, 7), (1, 10, 3, 3), (3, 24, 9, 11), (128, 16, 1, 1), (4, 1, 6, 6), (128, 64, 8, 8), (2, 7, 1, 1), (2, 1000, 2, 2)]
+SHAPES = [(32, 784, 1, 1), (2, 16, 5, 7), (1, 10, 3, 3), (3, 24, 9, 11), (128, 16, 1, 1), (4, 1, 6, 6), (128, 64, 8, 8), (2, 7, 1, 1), (2, 1000, 2, 2)]
 BIG = dict(memory_format=torch.channels_last)
 
 
@@ -104,6 +104,22 @@ def test_a_frozen_convolution_keeps_only_its_weight(stride, size):
     g = torch.randn_like(y)
     assert [t.data_ptr() for t in kept] == [w.data_ptr()] and torch.equal(y, want)
     assert torch.equal(torch.autograd.grad(y, x, g)[0], torch.autograd.grad(want, x, g)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_linear_layer_rounds_its_weight_once(dtype):
+    net = accelerate(freeze(create_model("mlp2-100", size=8, in_channels=1), "bn"), dtype)
+    layer, x = net.linear[1], torch.randn(4, 100)
+    def fast():
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16): return layer(x)
+    assert torch.equal(fast(), torch.nn.functional.linear(x.to(dtype), layer.weight.to(dtype)))
+    kept = layer._rounded[1]
+    fast()
+    assert layer._rounded[1] is kept
+    with torch.no_grad(): layer.weight.mul_(2)
+    assert torch.equal(fast(), torch.nn.functional.linear(x.to(dtype), layer.weight.to(dtype)))
+    moving = accelerate(freeze(create_model("mlp2-100", size=8, in_channels=1), "all"), dtype)
+    assert not any("forward" in vars(m) for m in moving.modules() if isinstance(m, torch.nn.Linear))
 
 
 @pytest.mark.parametrize("geometry", [(3, 2, 1, False), (2, 2, 0, True)], ids=["resnet", "vgg"])
