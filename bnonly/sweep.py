@@ -66,7 +66,7 @@ def cost(spec:Spec) -> float:   # relative to one epoch of a network of one laye
     "Roughly how long a run takes beside others on the same data."
     arch = parse_arch(spec.arch)
     heavy = spec.policy.startswith(("all", "random", "scattered")) or "shortcut" in spec.policy
-    size = 1 + (arch.width/200)**2 if arch.family == "mlp" else arch.width**2   # below 200 units a layer costs its overhead
+    size = 1 + (arch.width/400)**2 if arch.family == "mlp" else arch.width**2   # below 400 units a layer costs its overhead
     return arch.depth * size * spec.epochs * (1.5 if heavy else .5 if spec.policy in ("output", "none") else 1)
 
 def expected(specs:list[Spec],

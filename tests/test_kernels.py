@@ -1,4 +1,5 @@
 "The fused kernels beside their definition in float64."
+import copy
 import itertools
 import os
 import statistics
@@ -9,9 +10,9 @@ import pytest
 import torch
 from bnonly.data import load_data, loaders
 from bnonly.experiment import Spec
-from bnonly.kernels import FrozenConv, LeanPool, accelerate, bn_act, bn_act_plain, kernels
+from bnonly.kernels import FrozenConv, LeanPool, accelerate, bn_act, bn_act_plain, few, kernels
 from bnonly.models import create_model
-from bnonly.policies import freeze, trainable
+from bnonly.policies import RandomEntries, freeze, trainable
 from bnonly.train import fit, loss_func, prepare, sgd
 
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="no C++ compiler here, so there are no fused kernels to test")
@@ -104,6 +105,59 @@ def test_a_frozen_convolution_keeps_only_its_weight(stride, size):
     g = torch.randn_like(y)
     assert [t.data_ptr() for t in kept] == [w.data_ptr()] and torch.equal(y, want)
     assert torch.equal(torch.autograd.grad(y, x, g)[0], torch.autograd.grad(want, x, g)[0])
+
+
+LAYERS = [(torch.nn.Conv2d(16, 32, 3, padding=1, bias=False), (4, 16, 8, 8)), (torch.nn.Conv2d(3, 16, 3, padding=1, bias=False), (2, 3, 9, 7)),
+          (torch.nn.Conv2d(16, 8, 3, stride=2, padding=1, bias=False), (3, 16, 9, 12)), (torch.nn.Conv2d(20, 40, 1, stride=2, bias=False), (3, 20, 7, 7)),
+          (torch.nn.Conv2d(1, 6, 5, bias=False), (2, 1, 32, 32)), (torch.nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), (1, 3, 40, 40)),
+          (torch.nn.Linear(30, 50, bias=False), (128, 30)), (torch.nn.Linear(784, 100, bias=False), (7, 784))]
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer,shape", LAYERS, ids=lambda o: str(o)[:24])
+def test_the_gradient_of_a_few_entries_is_that_of_the_whole_weight(layer, shape, dtype):
+    g = torch.Generator().manual_seed(0)
+    layer = copy.deepcopy(layer)
+    torch.nn.init.normal_(layer.weight, generator=g)
+    index = torch.randperm(layer.weight.numel(), generator=g)[:37].sort().values
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", RandomEntries(layer.weight, index))
+    assert few(layer)
+    whole = layer.weight.detach().to(dtype).double().requires_grad_()
+    x = torch.randn(shape, generator=g).to(dtype)
+    if len(shape) == 4: x = x.contiguous(memory_format=torch.channels_last)
+    exact = x.double().requires_grad_()
+    F = torch.nn.functional
+    reference = F.linear(exact, whole) if exact.dim() == 2 else F.conv2d(exact, whole, None, layer.stride, layer.padding)
+    dy = torch.randn(reference.shape, generator=g).to(dtype)
+    dx, dw = torch.autograd.grad(reference, (exact, whole), dy.double())
+    accelerate(layer, dtype)
+    x.requires_grad_()
+    before, seen = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        y = layer(x)
+        seen.append(torch.autograd.grad(y, layer.parametrizations.weight.original, dy, retain_graph=True)[0])
+        own = torch.autograd.grad(y, (x, layer.parametrizations.weight.original), dy)
+        near = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=.02, atol=.02*dx.abs().max().item())
+        torch.testing.assert_close(y.double(), reference, **near)
+        torch.testing.assert_close(own[0].double(), dx, **near)
+        torch.testing.assert_close(own[1].double(), dw.flatten()[index], rtol=1e-4, atol=1e-5*dw.abs().max().item() + 1e-5)
+    torch.set_num_threads(before)
+    assert torch.equal(*seen)
+    values = layer.parametrizations.weight.original
+    values.grad = torch.ones_like(values)
+    sgd([values], lr=1, momentum=0, weight_decay=0).step()
+    assert not torch.equal(layer(x), y)
+    assert torch.equal(layer._rounded[1], layer.weight.to(dtype))
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Conv2d(4, 4, 3, groups=2, bias=False), torch.nn.Conv2d(4, 4, 3, dilation=2, bias=False),
+                                   torch.nn.Conv2d(4, 4, (1, 3), bias=False), torch.nn.Conv2d(4, 4, 3, padding="same", bias=False), torch.nn.Linear(4, 4)])
+def test_a_layer_whose_geometry_the_kernels_do_not_know_keeps_its_definition(layer):
+    layer = copy.deepcopy(layer)
+    assert not few(layer)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", RandomEntries(layer.weight, torch.arange(3)))
+    assert not few(layer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
