@@ -489,7 +489,7 @@ class LeanPool(torch.autograd.Function):
         g = g.contiguous(memory_format=torch.channels_last)
         return torch.ops.aten.max_pool2d_with_indices_backward(g, never_read, *ctx.geometry, ctx.saved_tensors[0].long()), *[None]*5
 
-# %% ../nbs/03_kernels.ipynb #71914ecc
+# %% ../nbs/03_kernels.ipynb #9e7f8245
 def _bn_forward(m, x, residual=None):
     "`BatchNormAct.forward` in one step."
     if m.training: m.num_batches_tracked.add_(1)
@@ -509,6 +509,7 @@ def _linear_forward(m, dtype, x):
     "The forward pass of a frozen linear layer, which keeps nothing of its input already."
     return F.linear(x.to(dtype), _low(m, dtype), None if m.bias is None else m.bias.to(dtype))
 
+# %% ../nbs/03_kernels.ipynb #7c65821b
 def _few_forward(m, dtype, x):
     "The forward pass of a layer of whose weight few entries train, which alone are rounded again."
     entries, values = m.parametrizations.weight[0], m.parametrizations.weight.original
@@ -519,6 +520,7 @@ def _few_forward(m, dtype, x):
     if isinstance(m, nn.Linear): return FewEntries.apply(x.to(dtype).contiguous(), values, weight, entries.index)
     return FewEntries.apply(_channels_last(x, dtype), values, weight, entries.index, m.stride, m.padding, m.dilation, m.groups)
 
+# %% ../nbs/03_kernels.ipynb #e1b1ba9e
 def few(m) -> bool:
     "Whether few entries of a layer train, and the kernels know its geometry."
     if not parametrize.is_parametrized(m, "weight"): return False
