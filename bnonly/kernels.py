@@ -495,28 +495,26 @@ def _bn_forward(m, x, residual=None):
     if m.training: m.num_batches_tracked.add_(1)
     return bn_act(x, residual, m.weight, m.bias, m.running_mean, m.running_var, m.training, m.momentum, m.eps, m.relu)
 
-def _low(m, dtype):   # the weight of a frozen layer, rounded again only where somebody changed it
-    version = m.weight._version, m.weight.data_ptr()
-    if getattr(m, "_rounded", (None,))[0] != version: m._rounded = version, m.weight.detach().to(dtype)
+def _low(m, weight, dtype, copy=False):   # the frozen weight of a layer, rounded again only where somebody changed it
+    version = weight._version, weight.data_ptr()
+    if getattr(m, "_rounded", (None,))[0] != version: m._rounded = version, weight.detach().to(dtype, copy=copy)
     return m._rounded[1]
 
 def _conv_forward(m, dtype, x):
     "The forward pass of a frozen convolution."
-    low, x, geometry = _low(m, dtype), x.to(dtype), (m.stride, m.padding, m.dilation, m.groups)
+    low, x, geometry = _low(m, m.weight, dtype), x.to(dtype), (m.stride, m.padding, m.dilation, m.groups)
     return FrozenConv.apply(x, low, *geometry) if x.requires_grad else torch.conv2d(x, low, None, *geometry)
 
 def _linear_forward(m, dtype, x):
     "The forward pass of a frozen linear layer, which keeps nothing of its input already."
-    return F.linear(x.to(dtype), _low(m, dtype), None if m.bias is None else m.bias.to(dtype))
+    return F.linear(x.to(dtype), _low(m, m.weight, dtype), None if m.bias is None else m.bias.to(dtype))
 
 # %% ../nbs/03_kernels.ipynb #7c65821b
 def _few_forward(m, dtype, x):
     "The forward pass of a layer of whose weight few entries train, which alone are rounded again."
     entries, values = m.parametrizations.weight[0], m.parametrizations.weight.original
-    base, now = (entries.base._version, entries.base.data_ptr()), values.detach()
-    if getattr(m, "_rounded", (None,))[0] != base: m._rounded = base, entries.base.to(dtype, copy=True), torch.full_like(now, torch.nan)
-    _, weight, last = m._rounded
-    if not torch.equal(last, now): weight.put_(entries.index, now.to(dtype)); last.copy_(now)   # a fused optimizer raises no version
+    weight, now = _low(m, entries.base, dtype, copy=True), values.detach().to(dtype)
+    if not torch.equal(weight.take(entries.index), now): weight.put_(entries.index, now)   # a fused optimizer raises no version
     if isinstance(m, nn.Linear): return FewEntries.apply(x.to(dtype).contiguous(), values, weight, entries.index)
     return FewEntries.apply(_channels_last(x, dtype), values, weight, entries.index, m.stride, m.padding, m.dilation, m.groups)
 
@@ -541,7 +539,7 @@ def accelerate(model:nn.Module,      # frozen by its policy, channels-last, on i
     for m in model.modules():
         if isinstance(m, BatchNormAct): m.forward = partial(_bn_forward, m)
         if type(m) is nn.MaxPool2d: m.forward = partial(_pool_forward, m)
-        if few(m): m.forward = partial(_few_forward, m, dtype)
+        if few(m) and dtype in kernels(): m.forward = partial(_few_forward, m, dtype)
         if any(p.requires_grad for p in m.parameters()): continue
         if type(m) is nn.Conv2d and m.bias is None: m.forward = partial(_conv_forward, m, dtype)
         if type(m) is nn.Linear: m.forward = partial(_linear_forward, m, dtype)
