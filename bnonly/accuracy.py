@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCENE', 'DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL', 'BN', 'FIGURE2', 'CIFAR', 'FOUR', 'DISABLED',
-           'NARROW', 'LAYOUTS', 'PAPER', 'SPREAD', 'STAR', 'WIDTH', 'GROWING', 'ONLY_BN', 'WIDTHS', 'SEEDS', 'family',
-           'panels', 'papers_recipe', 'plain', 'left_out', 'convolutions', 'sizes', 'specifications', 'table1',
-           'tableC1', 'drawn', 'save', 'rounded', 'draw_table', 'plain_table', 'save_table', 'Line', 'Layout', 'points',
-           'gaps', 'papers', 'accuracy_panel', 'corner', 'footnote', 'legend', 'empty', 'images', 'accuracy_figure',
-           'Fit', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs', 'fig10', 'verdict',
-           'ordering']
+           'NARROW', 'LAYOUTS', 'PAPER', 'STARS', 'SPREAD', 'STAR', 'WIDTH', 'GROWING', 'ONLY_BN', 'WIDTHS', 'SEEDS',
+           'family', 'panels', 'papers_recipe', 'plain', 'left_out', 'convolutions', 'sizes', 'specifications',
+           'table1', 'tableC1', 'drawn', 'save', 'rounded', 'draw_table', 'plain_table', 'save_table', 'Line', 'Layout',
+           'points', 'gaps', 'papers', 'told', 'accuracy_panel', 'corner', 'footnote', 'legend', 'empty', 'images',
+           'accuracy_figure', 'Fit', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs', 'fig10',
+           'verdict', 'ordering']
 
 # %% ../nbs/07_accuracy.ipynb #df5f7ece
 import textwrap
@@ -311,8 +311,6 @@ wrn14-32  bn                 uniform  accuracy 73    4
 resnet50  bn                 uniform  top5     17    4
 resnet101 bn                 uniform  top5     25    G
 resnet200 bn                 uniform  top5     32    4
-resnet200 bn+output          uniform  top5     57    4
-resnet200 bn+output          uniform  accuracy 32    4
 resnet200 output             uniform  top5     2.7   4
 resnet200 output             uniform  accuracy 0.8   4
 vgg11     bn                 uniform  accuracy 57    C.2
@@ -367,16 +365,20 @@ def gaps(plan:list,            # of specs, as `preset` gives it
 def _named(line, archs):
     return f"{line.policy}{'' if line.bn_init == 'uniform' else f' ({line.bn_init})'} of {', '.join(archs)}"
 
-# %% ../nbs/07_accuracy.ipynb #bd5d10b9
+# %% ../nbs/07_accuracy.ipynb #da414403
 def papers(row:dict,      # with arch, data, policy and bn_init
            value:str="accuracy"
           ) -> float|None:
     "The number that the paper's text gives for a point, if the point is on the paper's data."
     return PAPER.get((row["arch"], row["policy"], row["bn_init"], value)) if row["data"] == papers_recipe(row["arch"]).data else None
 
-def _stars(ax, where, stats, color, value="accuracy"):
-    for x,row in zip(where, stats.to_dict("records")):
-        if (told := papers(row, value)) is not None: ax.plot(x, told, "*", ms=10, mfc="none", color=color)
+def told(layout:Layout, panel:str, data:str, value:str="accuracy") -> pd.DataFrame:   # at, tick, line, mean
+    "What the paper's text gives in a panel of a figure, if the panel is on the paper's data."
+    rows = [(at, tick, i, v) for (arch, *key, column),v in PAPER.items() if column == value and papers_recipe(arch).data == data
+            for i,l in enumerate(layout.lines) if [l.policy, l.bn_init] == key for p,at,tick in family(arch) if p == panel]
+    return pd.DataFrame(rows, columns=["at", "tick", "line", "mean"])
+
+STARS = dict(marker="*", ls="", ms=9, mfc="none", mew=1.2, zorder=5)
 
 # %% ../nbs/07_accuracy.ipynb #9ab393bc
 SPREAD = "mean ± one standard deviation over n seeds, no bar for a single seed"
@@ -389,16 +391,14 @@ def _ends(limits, stats):
     return min(limits[0], np.floor(low)), max(limits[1], min(100, np.ceil(high + .5)))
 
 # %% ../nbs/07_accuracy.ipynb #0bc2cb9f
-def accuracy_panel(ax, stats, lines, limits=(0, 100), value="accuracy"):
-    "One family: accuracy against depth or width, a line for each set of numbers that may move."
-    ticks = stats.drop_duplicates("at").sort_values("at")
+def accuracy_panel(ax, stats, lines, limits, stars):
+    "One family: accuracy against depth or width, a line for each set of numbers that may move; `told`'s stars."
+    ticks = pd.concat([stats[["at", "tick"]], stars[["at", "tick"]]]).drop_duplicates("at").sort_values("at")
     where = {a: i for i,a in enumerate(ticks["at"])}
     for i,line in enumerate(lines):
-        own = stats[stats.line == i]
-        if not len(own): continue
-        x = own["at"].map(where)
-        ax.errorbar(x, own["mean"], own.sd, fmt=line.style, capsize=3, color=line.color, label=line.label, clip_on=False)
-        _stars(ax, x, own, line.color, value)
+        own, paper = stats[stats.line == i], stars[stars.line == i]
+        if len(own): ax.errorbar(own["at"].map(where), own["mean"], own.sd, fmt=line.style, capsize=3, color=line.color, label=line.label, clip_on=False)
+        if len(paper): ax.plot(paper["at"].map(where), paper["mean"], color=line.color, **STARS)
     ax.set_xticks(range(len(ticks)), ticks.tick)
     ax.set(xlim=(-.3, len(ticks)-.7), ylim=_ends(limits, stats))
     corner(ax, stats)
@@ -412,7 +412,7 @@ def corner(ax, stats):
 
 def footnote(fig:plt.Figure, *told:str) -> plt.Figure:
     "Say under a figure what one must know to read it, and what it has to do without."
-    marked = any(l.get_marker() == "*" for ax in fig.axes for l in ax.lines)
+    marked = any(l.get_marker() == "*" and np.isfinite(np.asarray(l.get_ydata(), float)).any() for ax in fig.axes for l in ax.lines)
     text = "; ".join(t for t in (*told[:1], STAR if marked else "", *told[1:]) if t)
     lines = textwrap.wrap(text, int(fig.get_figwidth()*19))
     fig.set_figheight(fig.get_figheight() + .12*len(lines))   # the panels keep their height
@@ -439,7 +439,7 @@ def empty(what:str, *told:str) -> plt.Figure:
 def _panel(ax, table, layout, name, value):
     stats = points(table, layout, value)
     stats = stats[stats.panel == name]
-    accuracy_panel(ax, stats, layout.lines, layout.limits.get(name, (0, 100)), value)
+    accuracy_panel(ax, stats, layout.lines, layout.limits.get(name, (0, 100)), told(layout, name, stats.data.iloc[0], value))
     chance = 100/(1000 if stats.data.iloc[0] == "imagenet" else 10) * (5 if value == "top5" else 1)
     if ax.get_ylim()[0] < chance: ax.axhline(chance, color="gray", ls=":", label="Chance")
     first = "Top-1 Test Accuracy (%)" if name.startswith("ImageNet") else "Test Accuracy (%)"
@@ -514,9 +514,9 @@ def _budget_lines(ax, table, fits):
     for panel,own in budgets(table).groupby("panel", sort=False):
         label, color, size = GROWING[panel]
         f = doubling(own.bn, own["mean"]) if fits else None
-        if f: label += f": slope={f.slope:.3f}, r2={f.r2:.3f}, p={f.p:.2E}"
+        if f: label += f": slope={f.slope:.3f}" + (f", r2={f.r2:.3f}, p={f.p:.2E}" if f.n > 3 else "")   # three points are nearly a line by themselves
         ax.errorbar(own.bn/1000, own["mean"], own.sd, fmt="o" if fits else "o-", ms=size, capsize=3, color=color, label=label, clip_on=False)
-        _stars(ax, own.bn/1000, own, color)
+        ax.plot(own.bn/1000, [papers(r) for r in own.to_dict("records")], color=color, **STARS)
         x = np.array([own.bn.min(), own.bn.max()])
         if f: ax.plot(x/1000, f.intercept + f.slope*np.log2(x), "--", color=color, lw=1, clip_on=False)
 

@@ -75,7 +75,7 @@ def activity(features:pd.DataFrame   # as `channels` gives it
             ) -> pd.DataFrame:       # one row a network and policy, in percent
     "How many ReLUs are always off, always on, and in between: mean and standard deviation over seeds, and n."
     own = relus(features)
-    kinds = dict(silent=own.zero > SILENT, on=own.zero < 1-SILENT, between=own.zero.between(.1, .7))
-    runs = own[["arch", "policy", "seed"]].assign(**{k: 100.*v for k,v in kinds.items()}).groupby(["arch", "policy", "seed"]).mean()
-    runs = runs.groupby(["arch", "policy"])
+    kinds = dict(silent=own.zero > SILENT, on=own.zero < 1-SILENT, between=own.zero.between(.3, .9))
+    by = ["images", "epochs", "arch", "policy"]
+    runs = own[[*by, "seed"]].assign(**{k: 100.*v for k,v in kinds.items()}).groupby([*by, "seed"]).mean().groupby(by)
     return pd.concat([runs.mean(), runs.std().add_suffix(" sd")], axis=1).assign(n=runs.size())

@@ -125,6 +125,7 @@ def bar_panel(ax, stats, series):
     for i,(label,(color,alpha)) in enumerate(series.items()):
         s = stats[stats.series == label].set_index("at").reindex(ticks["at"])
         x = np.arange(len(ticks)) + (i - (len(series)-1)/2)*width
+        for a in x[s["mean"].isna()]: ax.annotate("not run", (a, 0), (0, 2), textcoords="offset points", rotation=90, ha="center", va="bottom", fontsize=5, color="gray")
         ax.bar(x, s["mean"], width, yerr=s.sd, capsize=2, color=color, alpha=alpha, label=label, error_kw=dict(lw=.8))
         if s.paper.notna().any(): ax.plot(x, s.paper, "*", ms=8, mfc="white", color=color)
     ax.set_xticks(range(len(ticks)), ticks.tick)
@@ -183,11 +184,13 @@ def fig06(curves:pd.DataFrame,   # as `clamped` gives it
     fig = None
     if len(own):
         stats, series = by_threshold(own, "change", lambda p, t: f"{SERIES[p][0]}, |γ| < {t}")
-        fig = bar_figure(stats, series, own, "Change in Accuracy (%)")
+        fig = bar_figure(stats, series, own, "Change in Accuracy (points)")
     if fig is None: return empty("Accuracy of ResNets without small γ", *missing)
     for ax in fig.axes:
         clip(ax, -8, max(.5, 1.2*(stats["mean"] + stats.sd.fillna(0)).max()))
-        if "on ImageNet" in ax.get_xlabel(): ax.set_ylabel("Change in Top-1 Accuracy (%)")
+        for t in ax.texts:
+            if t.get_text() == "not run": t.set(va="top", position=(0, -2))
+        if "on ImageNet" in ax.get_xlabel(): ax.set_ylabel("Change in Top-1 Accuracy (points)")
     return footnote(fig, SPREAD, *missing)
 
 # %% ../nbs/08_affine.ipynb #708e5779
@@ -242,7 +245,7 @@ def _means(table, value):
     return stats.pivot_table(index="arch", columns="policy", values="mean").reindex(columns=["all", "bn", "random2"])
 
 def _beside(what, low, high, ours):
-    meets = ours.min() <= high + .5 and ours.max() >= low - .5
+    meets = low - .5 <= ours.min() and ours.max() <= high + .5
     return {"statement": what, "the paper": f"{low} to {high}", "here": " to ".join(dict.fromkeys(f"{v:.1f}" for v in (ours.min(), ours.max()))),
             "networks": ours.notna().sum(), "verdict": "agrees" if meets else "disagrees"}
 
@@ -310,7 +313,7 @@ def fig_decay(features:pd.DataFrame,   # as `channels` gives it
         if len(cut): curve(axes[2], cut[(cut.weight_decay == w) & (cut.policy == "bn")], color)
     axes[0].set(xlabel="Value of γ", ylabel="Density")
     decay_bars(axes[1], decay_table(features, curves))
-    axes[2].set(xlabel="Smallest γ set to zero (%)", ylabel="Change in Accuracy (%)")
+    axes[2].set(xlabel="Smallest γ set to zero (%)", ylabel="Change in Accuracy (points)")
     legend(fig, 2)
     return footnote(fig, f"{title(own.arch.iloc[0])} on {' and '.join(own.images.unique())}, {SPREAD}", "a ring: all with |γ| < 0.01 set to zero", *left)
 
@@ -327,6 +330,8 @@ def decay_bars(ax, stats):
     ax.hlines(stats.groupby("weight_decay").alone.mean(), x-.45, x+.45, color="gray", ls="--", lw=1, label="If decay alone moved γ")
     ax.set_xticks(x, [f"{w:g}" for w in decays])
     ax.set(xlabel="Weight decay", ylabel="Fraction of |γ| < 0.01 (%)")
+    for i,w in enumerate(decays):
+        if "all" in stats.index and ("all", w) not in stats.index: ax.text(i - .2, 1.5, "not run", rotation=90, ha="center", va="bottom", fontsize=5, color="gray")
 
 # %% ../nbs/08_affine.ipynb #30bc80e8
 def curve(ax, own, color):

@@ -33,8 +33,6 @@ def images(b:Batches, i, corner, mirror) -> tuple:   # a batch, as b yields it
     return normalize(crop(b.padded, i, corner, mirror, b.pad), *b.affine), b.images.y[i]
 
 # %% ../nbs/03_graph.ipynb #4b876437
-ALONE = threading.Lock()   # one capture at a time, where several runs share a GPU
-
 def capture(f, device:torch.device, warm_up:int=3):   # a function that does what f does
     "Record what `f` does on a GPU, after a warm-up."
     if device.type != "cuda":
@@ -42,7 +40,7 @@ def capture(f, device:torch.device, warm_up:int=3):   # a function that does wha
         return f
     graph, stream, here = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(here)
-    with ALONE, torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):
         for _ in range(warm_up): f()
         stream.synchronize()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"): f()
@@ -50,6 +48,8 @@ def capture(f, device:torch.device, warm_up:int=3):   # a function that does wha
     return graph.replay
 
 # %% ../nbs/03_graph.ipynb #7ccacd2d
+ALONE = threading.Lock()   # one capture at a time, where several runs share a GPU and the generators
+
 def moving(model) -> list: return [p for p in model.parameters() if p.requires_grad]
 
 def state(learn) -> list:   # tensors
@@ -62,7 +62,7 @@ def state(learn) -> list:   # tensors
 def capture_and_restore(f, learn, device):
     "`capture`, without a trace in the network, the optimizer and the generators."
     before = [t.detach().clone() for t in state(learn)]
-    with torch.random.fork_rng(): replay = capture(f, device)
+    with ALONE, torch.random.fork_rng([device] if device.type == "cuda" else []): replay = capture(f, device)
     with torch.no_grad():
         for now, then in zip(state(learn), before): now.copy_(then)
     return replay
@@ -86,9 +86,9 @@ class Graph(Callback):
 
     def before_batch(self):
         if not self.on or not self.training: return
-        numbers, lr = (*self.xb, *self.yb), self.opt.hypers[-1]["lr"]
+        numbers = *self.xb, *self.yb
         if self.replay is None: self.prepare(numbers)
-        self.rate.fill_(lr)
+        for there,group in zip(self.rates, self.opt.hypers): there.fill_(group["lr"])
         if len(numbers[0]) == len(self.numbers[0]):
             for there,new in zip(self.numbers, numbers): there.copy_(new)
             self.replay()
@@ -101,7 +101,8 @@ class Graph(Callback):
 def prepare(self:Graph, numbers):
     "Set up the memory that the graph reads and writes, and capture."
     device = self.batches.device
-    self.numbers, (self.rate, self.found) = [o.clone() for o in numbers], torch.zeros(2, device=device).unbind()
+    self.numbers, self.found = [o.clone() for o in numbers], torch.zeros((), device=device)
+    self.rates = [torch.zeros((), device=device) for _ in self.opt.hypers]
     self.replay = capture_and_restore(partial(self.step, self.numbers), self.learn, device)
 
 @patch
@@ -109,11 +110,11 @@ def step(self:Graph, numbers):
     "One training step."
     x, y = images(self.batches, *numbers)
     groups = self.opt.opt.param_groups
-    rates = [g["lr"] for g in groups]
+    told = [g["lr"] for g in groups]
     for p in moving(self.model): p.grad = None
     loss = self.learn.loss_func(self.model(x), y)
     loss.backward()
-    for g in groups: g["lr"] = self.rate
+    for g,rate in zip(groups, self.rates): g["lr"] = rate
     self.opt.opt.step()
-    for g,rate in zip(groups, rates): g["lr"] = rate
+    for g,lr in zip(groups, told): g["lr"] = lr
     self.found.copy_(loss.detach())

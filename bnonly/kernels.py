@@ -9,7 +9,7 @@ __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACK
            'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
-import ctypes, hashlib, os, platform, shutil, subprocess, sys, tempfile
+import ctypes, hashlib, os, platform, shlex, shutil, subprocess, sys, tempfile
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -129,7 +129,7 @@ struct Plan {
 # %% ../nbs/03_kernels.ipynb #72074cdd
 STATISTICS = r'''
 template <class T> void statistics(const Plan& P, const T* x, int threads, float eps, float* mean, float* var) {
-    std::vector<float> first(P.C);                          // sums are taken around the first pixel: no cancellation
+    std::vector<float> first(P.C);                          // sums are taken around the first pixel: little cancellation
     for (long c = 0; c < P.C; c++) load(x + c, first[c]);
     auto mid = P.tile(first.data(), 0);
     std::vector<double> out;
@@ -350,7 +350,8 @@ def compile_library(source:str, compiler:str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         cpp, out = Path(tmp)/"kernels.cpp", Path(tmp)/"kernels.so"
         cpp.write_text(source)
-        subprocess.run([compiler, *flags, str(cpp), "-o", str(out)], check=True, capture_output=True, timeout=120)
+        done = subprocess.run([*shlex.split(compiler), *flags, str(cpp), "-o", str(out)], capture_output=True, text=True, timeout=120)
+        if done.returncode: raise RuntimeError(next((l for l in done.stderr.splitlines() if "error" in l), f"{compiler} ended with {done.returncode}"))
         os.replace(out, library)
     return library
 
@@ -385,10 +386,10 @@ def _channels_last(t, dtype): return t.to(dtype).contiguous(memory_format=torch.
 class BNAct(torch.autograd.Function):
     "Keeps x, and a bit mask where there is a residual; the backward pass computes the rest again."
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, own):
+    def forward(ctx, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, own, later):
         C, M = x.shape[1], x.numel()//x.shape[1]
         y, stats = torch.empty_like(x), torch.empty(2, C)
-        masked = relu and residual is not None and any(ctx.needs_input_grad)
+        masked = later and relu and residual is not None and any(ctx.needs_input_grad)
         mask = torch.empty((x.numel()+15)//16*2, dtype=torch.uint8) if masked else None
         own[0](x.data_ptr(), _ptr(residual), y.data_ptr(), _ptr(mask), _ptr(weight), _ptr(bias), _ptr(running_mean),
                 _ptr(running_var), stats.data_ptr(), stats[1].data_ptr(), M, C, training, momentum, eps, relu,
@@ -409,23 +410,25 @@ class BNAct(torch.autograd.Function):
         dw, db = torch.empty(2, C).unbind() if need_w or need_b else (None, None)
         kernel(dy.data_ptr(), x.data_ptr(), _ptr(mask), _ptr(dx), None if dr is dy else _ptr(dr), stats.data_ptr(),
                stats[1].data_ptr(), _ptr(weight), _ptr(bias), _ptr(dw), _ptr(db), M, C, training, relu, torch.get_num_threads())
-        return dx, dr, dw if need_w else None, db if need_b else None, *[None]*7
+        return dx, dr, dw if need_w else None, db if need_b else None, *[None]*8
 
 # %% ../nbs/03_kernels.ipynb #147bc16c
-def fits(x, running_mean, training, *parameters) -> bool:
+def fits(x, residual, statistics, affine, training) -> bool:   # statistics: running mean and variance; affine: weight and bias; any may be None
     "Whether the kernels can take these inputs."
     if kernels() is None or x.dim() != 4 or x.device.type != "cpu" or x.dtype not in kernels(): return False
     if not x.is_contiguous(memory_format=torch.channels_last) or x.numel() <= x.shape[1]: return False
-    if not training and running_mean is None: return False
-    return all(t is None or t.dtype == torch.float32 and t.is_contiguous() for t in (running_mean, *parameters))
+    if residual is not None and (residual.shape != x.shape or residual.device != x.device): return False
+    if statistics.count(None) == 1 or not training and None in statistics: return False
+    alike = lambda t: t.dtype == torch.float32 and t.device == x.device and t.is_contiguous() and t.shape == x.shape[1:2]
+    return all(t is None or alike(t) for t in (*statistics, *affine))
 
 def bn_act(x, residual=None, weight=None, bias=None, running_mean=None, running_var=None,
            training=True, momentum=.1, eps=1e-5, relu=True):
     "relu(batch_norm(x) + residual) in one step, where the kernels fit; `bn_act_plain` is its definition."
-    if not fits(x, running_mean, training, running_var, weight, bias):
+    if not fits(x, residual, (running_mean, running_var), (weight, bias), training):
         return bn_act_plain(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu)
     if residual is not None: residual = _channels_last(residual, x.dtype)
-    return BNAct.apply(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, kernels()[x.dtype])
+    return BNAct.apply(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, kernels()[x.dtype], torch.is_grad_enabled())
 
 # %% ../nbs/03_kernels.ipynb #226e2981
 def input_gradient(g, weight, shape, stride, padding, dilation, groups):
@@ -437,14 +440,14 @@ def input_gradient(g, weight, shape, stride, padding, dilation, groups):
 class FrozenConv(torch.autograd.Function):
     "A convolution that keeps its weight for the backward pass, and not its input."
     @staticmethod
-    def forward(ctx, x, weight, *geometry):   # stride, padding, dilation, groups
+    def forward(ctx, x, weight, bias, *geometry):   # stride, padding, dilation, groups
         ctx.save_for_backward(weight)
         ctx.shape, ctx.geometry = x.shape, geometry
-        return torch.conv2d(x, weight, None, *geometry)
+        return torch.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return input_gradient(g, *ctx.saved_tensors, ctx.shape, *ctx.geometry), *[None]*5
+    def backward(ctx, g): return input_gradient(g, *ctx.saved_tensors, ctx.shape, *ctx.geometry), *[None]*6
 
 # %% ../nbs/03_kernels.ipynb #afe6d573
 class FewEntries(torch.autograd.Function):
@@ -454,10 +457,11 @@ class FewEntries(torch.autograd.Function):
                 values,      # [n], the entries
                 weight,      # with them in it
                 index,       # int64 [n], where they are in the flattened weight
+                bias,        # frozen, or None
                 *geometry):  # of a convolution: stride, padding, dilation, groups
         ctx.save_for_backward(x, weight, index)
         ctx.geometry = geometry
-        return torch.conv2d(x, weight, None, *geometry) if geometry else F.linear(x, weight)
+        return torch.conv2d(x, weight, bias, *geometry) if geometry else F.linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -470,7 +474,7 @@ class FewEntries(torch.autograd.Function):
         dv = torch.empty(len(index))
         kernels()[x.dtype][2](x.data_ptr(), g.data_ptr(), index.data_ptr(), dv.data_ptr(), len(index), images, *size, x.shape[1],
                               *out, g.shape[1], K, stride, pad, torch.get_num_threads())
-        return dx, dv, *[None]*6
+        return dx, dv, *[None]*7
 
 # %% ../nbs/03_kernels.ipynb #bc2b8b9c
 class LeanPool(torch.autograd.Function):
@@ -497,17 +501,20 @@ def _bn_forward(m, x, residual=None):
 
 def _low(m, weight, dtype, copy=False):   # the frozen weight of a layer, rounded again only where somebody changed it
     version = weight._version, weight.data_ptr()
-    if getattr(m, "_rounded", (None,))[0] != version: m._rounded = version, weight.detach().to(dtype, copy=copy)
+    if getattr(m, "_rounded", (None,))[0] != version:
+        with torch.inference_mode(False): m._rounded = version, weight.detach().to(dtype, copy=copy), weight.detach()   # which keeps its address taken
     return m._rounded[1]
+
+def _bias(m, dtype): return None if m.bias is None else m.bias.detach().to(dtype)
 
 def _conv_forward(m, dtype, x):
     "The forward pass of a frozen convolution."
-    low, x, geometry = _low(m, m.weight, dtype), x.to(dtype), (m.stride, m.padding, m.dilation, m.groups)
-    return FrozenConv.apply(x, low, *geometry) if x.requires_grad else torch.conv2d(x, low, None, *geometry)
+    how = _low(m, m.weight, dtype), _bias(m, dtype), m.stride, m.padding, m.dilation, m.groups
+    return FrozenConv.apply(x.to(dtype), *how) if x.requires_grad else torch.conv2d(x.to(dtype), *how)
 
 def _linear_forward(m, dtype, x):
     "The forward pass of a frozen linear layer, which keeps nothing of its input already."
-    return F.linear(x.to(dtype), _low(m, m.weight, dtype), None if m.bias is None else m.bias.to(dtype))
+    return F.linear(x.to(dtype), _low(m, m.weight, dtype), _bias(m, dtype))
 
 # %% ../nbs/03_kernels.ipynb #7c65821b
 def _few_forward(m, dtype, x):
@@ -515,15 +522,16 @@ def _few_forward(m, dtype, x):
     entries, values = m.parametrizations.weight[0], m.parametrizations.weight.original
     weight, now = _low(m, entries.base, dtype, copy=True), values.detach().to(dtype)
     if not torch.equal(weight.take(entries.index), now): weight.put_(entries.index, now)   # a fused optimizer raises no version
-    if isinstance(m, nn.Linear): return FewEntries.apply(x.to(dtype).contiguous(), values, weight, entries.index)
-    return FewEntries.apply(_channels_last(x, dtype), values, weight, entries.index, m.stride, m.padding, m.dilation, m.groups)
+    if isinstance(m, nn.Linear): return FewEntries.apply(x.to(dtype).contiguous(), values, weight, entries.index, _bias(m, dtype))
+    return FewEntries.apply(_channels_last(x, dtype), values, weight, entries.index, _bias(m, dtype), m.stride, m.padding, m.dilation, m.groups)
 
 # %% ../nbs/03_kernels.ipynb #e1b1ba9e
 def few(m) -> bool:
     "Whether few entries of a layer train, and the kernels know its geometry."
     if not parametrize.is_parametrized(m, "weight"): return False
     if not all(hasattr(m.parametrizations.weight[0], n) for n in ("base", "index")): return False   # not `RandomEntries`
-    if isinstance(m, nn.Linear) or m.bias is not None: return m.bias is None
+    if m.bias is not None and m.bias.requires_grad: return False
+    if isinstance(m, nn.Linear): return True
     square = all(isinstance(o, tuple) and len({*o}) == 1 for o in (m.stride, m.padding, m.kernel_size))
     return isinstance(m, nn.Conv2d) and m.padding_mode == "zeros" and m.groups == 1 and m.dilation == (1, 1) and square
 
@@ -541,13 +549,14 @@ def accelerate(model:nn.Module,      # frozen by its policy, channels-last, on i
         if type(m) is nn.MaxPool2d: m.forward = partial(_pool_forward, m)
         if few(m) and dtype in kernels(): m.forward = partial(_few_forward, m, dtype)
         if any(p.requires_grad for p in m.parameters()): continue
-        if type(m) is nn.Conv2d and m.bias is None: m.forward = partial(_conv_forward, m, dtype)
+        if type(m) is nn.Conv2d and m.padding_mode == "zeros": m.forward = partial(_conv_forward, m, dtype)
         if type(m) is nn.Linear: m.forward = partial(_linear_forward, m, dtype)
     return model
 
 # %% ../nbs/03_kernels.ipynb #ae3ce817
-def keep_memory() -> bool:   # whether there was something to tell
+def keep_memory():
     "Let glibc keep freed activations for the next step of this process."
     try: mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError): return False                   # another C library
-    return bool(mallopt(-3, 2**30) and mallopt(-1, 2**31 - 1))       # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    except (OSError, AttributeError): return         # another C library
+    mallopt(-3, 2**30) or mallopt(-3, 2**25)         # M_MMAP_THRESHOLD; older versions take no more than the second
+    mallopt(-1, 2**31 - 1)                           # M_TRIM_THRESHOLD

@@ -376,7 +376,8 @@ def create_model(arch:str,                 # e.g. 'resnet56', 'wrn14-4', 'vgg16'
                 ) -> nn.Module:            # in float32, on the CPU, everything trainable
     "A network of the paper at its random initialization; `ValueError` for a name that does not exist."
     model = build(arch, num_classes, in_channels, norm, size)
-    if parse_arch(arch).family not in ("mlp", "lenet"): model = take_out(model, choose("norm", norm, NORMS), choose("act", act, ACTS))
+    if parse_arch(arch).family not in ("mlp", "lenet"):
+        with torch.device("meta"): model = take_out(model, choose("norm", norm, NORMS), choose("act", act, ACTS))
     model = model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))   # to_empty would import sympy, half a second
     model = initialize(model, init, bn_init, seed)
     model.made = dict(arch=arch, num_classes=num_classes, in_channels=in_channels, init=init, bn_init=bn_init, seed=seed, norm=norm, act=act, size=size)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LR', 'RATES', 'TRACKERS', 'step', 'imagenet', 'constant', 'cosine', 'Schedule', 'SGD', 'sgd', 'groups', 'together',
-           'default_device', 'default_dtype', 'prepare', 'loss_func', 'learner', 'shape', 'top5', 'Epochs', 'Still',
-           'Run', 'hold_out', 'part', 'HeldOut', 'Patience', 'Parallel', 'plain', 'enough', 'summed', 'gathered',
-           'agreed', 'random_states', 'set_random_states', 'save_state', 'load_state', 'Journal', 'machine', 'trackers',
-           'fit', 'finish', 'fit_many']
+           'default_device', 'default_dtype', 'prepare', 'loss_func', 'learner', 'shape', 'top5', 'SmoothLoss',
+           'recorder', 'Epochs', 'Still', 'Run', 'hold_out', 'part', 'HeldOut', 'Patience', 'Parallel', 'plain',
+           'enough', 'summed', 'gathered', 'agreed', 'random_states', 'set_random_states', 'save_state', 'load_state',
+           'Journal', 'machine', 'trackers', 'fit', 'finish', 'fit_many']
 
 # %% ../nbs/04_train.ipynb #e95824b2
 import hashlib, inspect, json, math, os, platform, random, time, warnings
@@ -32,7 +32,7 @@ with warnings.catch_warnings():   # fastai 2.8 still decorates with torch.jit.sc
                                       TrainEvalCallback)
     from fastai.callback.tracker import EarlyStoppingCallback
     from fastai.data.core import DataLoaders
-    from fastai.learner import Learner, Metric, Recorder
+    from fastai.learner import AvgSmoothLoss, Learner, Metric, Recorder
     from fastai.metrics import accuracy, top_k_accuracy
     from fastai.optimizer import OptimWrapper
     from fastai.torch_core import num_distrib, rank_distrib, to_detach
@@ -41,7 +41,7 @@ with warnings.catch_warnings():   # fastai 2.8 still decorates with torch.jit.sc
 from .data import Images, load_data, loaders, named, own_part
 from .experiment import SCHEDULES, Claim, Spec, choose, load_record, parameters, root, run_dir, seal, write
 from .graph import Graph
-from .kernels import accelerate, keep_memory
+from .kernels import accelerate, keep_memory, kernels
 from .models import BiasAct, FixupConv, create_model, generator
 from .penalties import Embedding, regularizers
 from .policies import counts, freeze, load_moved, moved, trainable
@@ -138,7 +138,7 @@ def learner(spec:Spec,                        # the run
     model = create_model(spec.arch, **shape(data), init=spec.init, bn_init=spec.bn_init, seed=spec.seed, norm=spec.norm, act=spec.act)
     model = prepare(freeze(model, spec.policy, spec.seed), device, dtype or default_dtype(device))
     opt = partial(sgd, momentum=spec.momentum, weight_decay=spec.weight_decay)
-    own = [TrainEvalCallback(), Recorder(), Schedule(spec.lr, spec.schedule), Epochs(), *regularizers(spec)]
+    own = [TrainEvalCallback(), recorder(), Schedule(spec.lr, spec.schedule), Epochs(), *regularizers(spec)]
     metrics = [accuracy, top5]
     if not trainable(model): own.append(Still())
     if num_distrib() > 1: own.append(Parallel())
@@ -157,6 +157,18 @@ def shape(data): return dict(num_classes=data.num_classes, in_channels=data.in_c
 def top5(logits, y): return top_k_accuracy(logits, y, k=min(5, logits.shape[1]))
 
 # %% ../nbs/04_train.ipynb #14d7f314
+class SmoothLoss(AvgSmoothLoss):
+    "fastai's smoothed loss, on the device of the losses: it does not wait for a GPU at every step."
+    def accumulate(self, learn):
+        self.count += 1
+        self.val = torch.lerp(learn.loss.detach(), self.val.to(learn.loss.device), self.beta)
+
+def recorder() -> Recorder:
+    "fastai's Recorder."
+    own = Recorder()
+    own.smooth_loss = SmoothLoss()
+    return own
+
 class Epochs(Callback):
     "Tell the training loader which epoch it is in."
     def before_train(self): self.dls.train.epoch = self.epoch
@@ -453,6 +465,7 @@ def fit_many(specs:list[Spec],                # the runs
             ) -> list[dict]:                  # their records
     "`fit` several runs at once on one device."
     device = device or default_device()
+    kernels()   # built once, before the threads
     data = {name: load_data(name).to(device) for name in {s.data for s in specs}}
     def one(spec):
         with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():

@@ -32,11 +32,21 @@ def test_there_are_enough_claims_and_all_can_be_told():
         assert table.place.str.startswith(place).any(), place
 
 
-@pytest.mark.parametrize("seeds,verdict", [((47, 48, 49), "reproduced"), ((50, 51, 52), "not reproduced"), ((48.5,), "reproduced"),
-                                           ((50.1,), "not reproduced"), ((46.9, 46.9, 46.9), "not reproduced"), ((47.6, 47.6, 47.6), "reproduced")])
+FEW = " on CIFAR-10, 160 epochs, 1 of 5 seeds"
+
+
+@pytest.mark.parametrize("seeds,verdict", [((47, 48, 48, 48, 49), "reproduced"), ((50, 51, 51, 51, 52), "not reproduced"), ((48.5,), "holds" + FEW),
+                                           ((50.1,), "does not hold" + FEW), ((46.9,)*5, "not reproduced"), ((47.6,)*5, "reproduced")])
 def test_a_level_by_the_rule(seeds, verdict):
-    "Two standard errors, half a point of rounding, or two points with one seed; the paper says 48."
+    "Two standard errors, half a point of rounding, or two points with one seed; the paper says 48, for five."
     assert said("r14-bn-acc", runs({("resnet14", "bn"): seeds})) == verdict
+
+
+@pytest.mark.parametrize("share,verdict", [((26, 40), "holds"), ((24, 40), "undecided"), ((22, 40), "does not hold")])
+def test_a_bound_gets_no_help_from_the_margin(share, verdict):
+    "More than 25 of 100; with one seed two points short of it say nothing."
+    table = runs({("resnet14", "bn"): (48,), ("resnet32", "bn"): (57,)}).assign(silent=share)
+    assert said("silent-quarter", table) == f"{verdict} on CIFAR-10, 160 epochs, 2 of 17 networks, 1 of 5 seeds"
 
 
 def test_other_images_or_fewer_epochs_never_count_as_reproduced():
@@ -46,34 +56,35 @@ def test_other_images_or_fewer_epochs_never_count_as_reproduced():
         measured = found[(found.verdict != "not measured") & ~found.id.isin([c.id for c in cl.CLAIMS if c.exact])]
         assert len(measured) and not measured.verdict.str.contains("reproduced").any()
     assert said("r14-bn-acc", runs(values, images="digits", data="digits")) == "not measured"
-    assert said("random2-gap", runs(values)) == "holds on CIFAR-10, 160 epochs, 2 of 12 networks"
+    assert said("random2-gap", runs(values)) == "holds on CIFAR-10, 160 epochs, 2 of 12 networks, 2 of 5 seeds"
     assert said("random2-gap", runs(values, epochs=16)) == "holds on CIFAR-10, 16 epochs, 2 of 12 networks"
     assert said("random2-gap", runs({k: (v[0] + 9*(k[1] == "bn"),)*2 for k, v in values.items()}, epochs=16)) == "does not hold on CIFAR-10, 16 epochs, 2 of 12 networks"
     assert said("random2-best", runs(values)) == "not measured"   # 38 of two networks says nothing about the best of twelve
     best = cl.ledger(runs({("resnet32", "random2"): (56, 56)}), [BY_ID["random2-best"]]).iloc[0]
-    assert best.verdict == "holds on CIFAR-10, 160 epochs, 1 of 12 networks"
+    assert best.verdict == "holds on CIFAR-10, 160 epochs, 1 of 12 networks, 2 of 5 seeds"
 
 
-@pytest.mark.parametrize("gap,verdict", [(1.5, "reproduced"), (.9, "not reproduced"), (-3, "not reproduced")])
+@pytest.mark.parametrize("gap,verdict", [(1.3, "reproduced"), (.9, "undecided"), (-1.2, "undecided"), (-1.3, "not reproduced")])
 def test_an_ordering_must_exceed_its_error(gap, verdict):
-    "Each side has sd 1 and n 4, so two standard errors of the difference are the root of 2."
-    wobble = np.array([-1, 1, -1, 1]) * .75**.5
+    "Each side has sd 1 and n 5, so two standard errors of the difference are the root of 1.6, 1.26."
+    wobble = np.array([-1, 1, 0, -1, 1])
     table = runs({("resnet14", "bn+shortcut+output"): 60 + gap + wobble, ("resnet14", "bn"): 60 + wobble})
     assert said("shortcuts-add", table) == verdict
 
 
 def test_every_network_must_agree():
-    values = {(a, p): (v, v) for a in (*DEEP, *(f"wrn14-{w}" for w in (2, 4, 8, 16, 32))) for p, v in (("bn", 60), ("random2", 41))}
+    values = {(a, p): (v,)*5 for a in (*DEEP, *(f"wrn14-{w}" for w in (2, 4, 8, 16, 32))) for p, v in (("bn", 60), ("random2", 41))}
     assert said("random2-gap", runs(values)) == "reproduced"
-    assert said("random2-gap", runs(values | {("wrn14-8", "random2"): (30, 30)})) == "not reproduced"
+    assert said("random2-gap", runs(values | {("wrn14-8", "random2"): (30,)*5})) == "not reproduced"
 
 
 def test_slopes_come_from_the_points():
-    values = {(a, "bn"): (10 + 5.897*np.log2(sizes(a)["bn"]),)*2 for a in DEEP}
-    values |= {(f"wrn14-{w}", "bn"): (values["resnet14", "bn"][0] + 4.994*np.log2(w),)*2 for w in (2, 4, 8, 16, 32)}
+    values = {(a, "bn"): (10 + 5.897*np.log2(sizes(a)["bn"]),)*5 for a in DEEP}
+    values |= {(f"wrn14-{w}", "bn"): (values["resnet14", "bn"][0] + 4.994*np.log2(w),)*5 for w in (2, 4, 8, 16, 32)}
     table = runs(values)
     assert [said(i, table) for i in ("slope-depth", "slope-width", "steeper")] == ["reproduced"]*3
     assert said("slope-depth", table.assign(accuracy=table.accuracy*1.2)) == "not reproduced"
+    assert said("slope-depth", table[table.arch != "resnet866"]) == "not measured"   # another line
 
 
 def test_channels_become_shares():
@@ -86,21 +97,21 @@ def test_channels_become_shares():
 
 
 def test_always_on_is_as_fixed_as_always_off():
-    channels = pd.DataFrame(dict(gamma=1., zero=[0, .05, .2, .5, 1])).assign(**asdict(Spec(data="cifar10", epochs=160)))
+    channels = pd.DataFrame(dict(gamma=1., zero=[0, .05, .35, .85, 1])).assign(**asdict(Spec(data="cifar10", epochs=160)))
     row = cl.per_run(runs({("resnet14", "bn"): (48,)}), channels).iloc[0]
     assert row[["silent", "fixed", "sometimes"]].tolist() == pytest.approx([20, 40, 40])
 
 
 def test_a_single_seed_of_a_mean_has_a_margin_of_its_own():
     table = runs({("resnet110", "bn"): (69,)})
-    assert said("r110-bn-mean", table.assign(mean=.215)) == "reproduced"
-    assert said("r110-bn-mean", table.assign(mean=.23)) == "not reproduced"
+    assert said("r110-bn-mean", table.assign(mean=.215)) == "holds" + FEW
+    assert said("r110-bn-mean", table.assign(mean=.23)) == "does not hold" + FEW
 
 
 def test_failed_runs_are_counted_where_the_claim_is_about_them():
-    table = runs({("resnet434", "all", "positive"): (93, 10), ("resnet866", "all", "positive"): (90, 10)})
+    table = runs({("resnet434", "all", "positive"): (93, 10)*3, ("resnet866", "all", "positive"): (90, 10)*3})
     assert said("positive-fails", cl.per_run(table, pd.DataFrame())) == "reproduced"
-    table["status"], table["accuracy"] = ["complete", "diverged"]*2, [93, np.nan]*2
+    table["status"], table["accuracy"] = ["complete", "diverged"]*6, [93, np.nan]*6
     assert said("positive-fails", cl.per_run(table, pd.DataFrame())) == "reproduced"
     assert said("positive-fails", cl.per_run(table.assign(status="complete", accuracy=93), pd.DataFrame())) == "not reproduced"
 
@@ -126,8 +137,8 @@ def test_the_tally_counts_every_claim():
 
 
 def test_a_wide_spread_does_not_agree_with_anything():
-    "Means 3 points off, with a standard error of 10: beyond the two points that a spread can give."
-    assert said("r14-bn-acc", runs({("resnet14", "bn"): (41, 61)})) == "not reproduced"
+    "The mean is 3 points off, with a standard error of 3: beyond the two points that a spread can give."
+    assert said("r14-bn-acc", runs({("resnet14", "bn"): (41, 51, 51, 51, 61)})) == "not reproduced"
 
 
 WIDER = [f"wrn14-{2**i}" for i in range(1, 6)]
@@ -138,7 +149,7 @@ COLUMNS = ["accuracy", "top5", "small01", "small05", "mean", "sd", "positive", "
 
 @pytest.fixture(scope="module")
 def world():
-    "Random numbers for every run that the paper made, three seeds each, as a table and as a function that averages it."
+    "Random numbers for every run that the paper made, five seeds each, as a table and as a function that averages it."
     rng, rows = np.random.RandomState(0), []
     policies = ["bn", "all", "all-affine", "random2", "random4", "random8", "random16", "scattered2", "output", "bn+output", "output+random2",
                 "bn+shortcut+output", "shortcut+output"]
@@ -149,13 +160,13 @@ def world():
     for a, p, b, i in points:
         recipe = dict(data="imagenet", epochs=90, batch_size=1024, lr=.4, schedule="imagenet") if a in IMAGENETS else dict(data="cifar10", epochs=160)
         rows += [asdict(Spec(arch=a, policy=p, bn_init=b, init=i, seed=n, **recipe)) | dict(zip(COLUMNS, rng.rand(len(COLUMNS))*50)) | dict(
-            status="complete", images="ImageNet" if a in IMAGENETS else "CIFAR-10", trainable=sizes(a)["bn"], total=sizes(a)["total"]) for n in range(3)]
+            status="complete", images="ImageNet" if a in IMAGENETS else "CIFAR-10", trainable=sizes(a)["bn"], total=sizes(a)["total"]) for n in range(5)]
     table = pd.DataFrame(rows).assign(folder=lambda t: t.index.astype(str))
 
     def mean(arch, policy="bn", column="accuracy", bn_init="uniform", init="he_normal"):
         found = [r[column] for r in rows if (r["arch"], r["policy"], r["bn_init"], r["init"]) == (arch, policy, bn_init, init)]
-        assert len(found) == 3
-        return sum(found)/3
+        assert len(found) == 5
+        return sum(found)/5
     return table, mean
 
 
@@ -235,13 +246,13 @@ def test_a_claim_measures_what_it_says(id, world):
     items = BY_ID[id].measure(table)
     assert sorted(i.value for i in items) == pytest.approx(sorted(MEANT[id](mean))) and len(items) == len(MEANT[id](mean))
     assert all(w in (("CIFAR-10", 160, ""), ("ImageNet", 90, "")) for i in items for p in i.used for w in p.where)
-    assert cl.verdict(BY_ID[id], items) in ("reproduced", "not reproduced")
+    assert cl.verdict(BY_ID[id], items) in ("reproduced", "not reproduced", "undecided")
 
 
 def test_runs_of_another_recipe_do_not_count(world):
     "They change no measured number while the paper's are there, and without those the verdict names what differs."
     table, _ = world
-    other = table.assign(lr=.2, accuracy=99., seed=table.seed + 3)
+    other = table.assign(lr=.2, accuracy=99., seed=table.seed + 5)
     for id in ("r14-bn-acc", "random2-gap", "slope-depth", "small-networks", "small-strata"):
         assert cl.ledger(pd.concat([table, other]), [BY_ID[id]]).equals(cl.ledger(table, [BY_ID[id]]))
     assert said("r14-bn-acc", other) == "does not hold on CIFAR-10, 160 epochs, lr=0.2"
@@ -250,4 +261,4 @@ def test_runs_of_another_recipe_do_not_count(world):
 
 def test_every_claim_is_measured_where_every_run_is_there(world):
     found = cl.ledger(world[0])
-    assert set(found.verdict) == {"reproduced", "not reproduced"} and (found.measured != "").all()
+    assert set(found.verdict) == {"reproduced", "not reproduced", "undecided"} and (found.measured != "").all()

@@ -20,10 +20,10 @@ def same(spec, *studies):
     return drop(one).equals(drop(other)) and (one / "moved.safetensors").read_bytes() == (other / "moved.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("policy", ["bn", "all", "random2"])
-def test_a_graph_changes_no_number(policy):
-    "1,437 images: eleven batches of 128 that are replayed, and a smaller one that is not."
-    spec, graph, generator = replace(TINY, policy=policy), Graph(Schedule, Embedding), torch.get_rng_state()
+@pytest.mark.parametrize("how", [dict(policy="bn"), dict(policy="all"), dict(policy="random2"), dict(policy="all", norm="fixup")], ids=str)
+def test_a_graph_changes_no_number(how):
+    "1,437 images: eleven batches of 128 that are replayed, and a smaller one that is not. Fixup's scalars have a rate of their own."
+    spec, graph, generator = replace(TINY, **how), Graph(Schedule, Embedding), torch.get_rng_state()
     fit(spec, "plain")
     fit(spec, "graph", cbs=[graph])
     assert graph.on and graph.replay is not None and same(spec, "plain", "graph")

@@ -237,11 +237,13 @@ def test_efficientnet():
 # -------- claims
 
 def made(accuracy, images="CIFAR-10", epochs=200, data="cifar10", arch="wrn28-10", **columns):
-    "A table of runs from {(norm, field, strength): accuracies of its seeds}."
+    "A table of runs by the paper's recipe from {(norm, field, strength): accuracies of its seeds}."
     from dataclasses import asdict
-    rows = [dict(asdict(Spec(arch=arch, policy="all", data=data, epochs=epochs, seed=n, norm=norm, **({field: s} if field else {}))), status="complete",
-                 accuracy=v, images=images, folder="", **columns) for (norm, field, s), vs in accuracy.items() for n, v in enumerate(vs)]
-    return pd.DataFrame(rows)
+    wide = dict(act="swish", schedule="cosine", weight_decay=5e-4)
+    recipe = {"wrn28-10": wide, "wrn10-1": wide, "resnet50": dict(schedule="imagenet", batch_size=512, lr=.2), "efficientnet-b8": dict(schedule="cosine")}[arch]
+    rows = [dict(asdict(Spec(arch=arch, policy="all", bn_init="ones", data=data, epochs=epochs, seed=n, norm=norm, **recipe, **({field: s} if field else {}))),
+                 status="complete", accuracy=v, images=images, folder="") for (norm, field, s), vs in accuracy.items() for n, v in enumerate(vs)]
+    return pd.DataFrame(rows).assign(**columns)
 
 
 def said(id, table): return ledger(table, [c for c in REGULARIZATION if c.id == id]).verdict[0]
@@ -249,11 +251,38 @@ def said(id, table): return ledger(table, [c for c in REGULARIZATION if c.id == 
 
 def test_claims_of_dauphin_and_cubuk_follow_the_one_rule():
     base = {("batch", "", 0): (95., 95.2), ("fixup", "", 0): (94., 94.2), ("fixup", "functional_l2", .1): (94.6, 94.8), ("fixup", "functional_l2", 1.): (90., 90.)}
+    base = {k: v*5 for k, v in base.items()}
     assert said("dc-fl2-cifar", made(base)) == "reproduced"   # the better of two strengths
     assert said("dc-gap-cifar", made(base)) == "reproduced"
+    assert said("dc-fl2-cifar", made({k: v[:2] for k, v in base.items()})) == "holds on CIFAR-10, 200 epochs, 2 of 10 seeds"
     assert said("dc-fl2-cifar", made({k: [v + 3*(k[1] != "") for v in vs] for k, vs in base.items()})) == "not reproduced"
     assert said("dc-gap-cifar", made(base, images="digits", data="digits", arch="wrn10-1", epochs=25)) == "holds on digits, 25 epochs, 1 stand-in"
     assert said("dc-svhn-bn", made(base, images="digits", data="digits", arch="wrn10-1")) == "not measured"
     assert said("dc-svhn-bn", made(base, images="SVHN", data="svhn")) == "not reproduced"
     share = {("fixup", "", 0): (72., 72.), ("batch", "", 0): (76., 76.), ("fixup+single", "", 0): (74.8, 74.8)}
-    assert said("dc-single-share", made(share, "ImageNet", 90, "imagenet", "resnet50")) == "reproduced"
+    imagenet = "ImageNet", 90, "imagenet", "resnet50"
+    assert said("dc-single-share", made(share, *imagenet)) == "reproduced"
+    match = lambda by: made({("batch", "", 0): (76.,), ("fixup", "embedding_l2", .1): (76. - by,)}, *imagenet)
+    assert said("dc-match-imagenet", match(.4)) == "holds on ImageNet, 90 epochs, 1 of 2 seeds"
+    assert said("dc-match-imagenet", match(1.8)) == "does not hold on ImageNet, 90 epochs, 1 of 2 seeds"
+
+
+@pytest.mark.parametrize("wrong", [dict(weight_decay=0.), dict(act="relu"), dict(schedule="step"), dict(batch_size=1024), dict(policy="bn"), dict(lr=.5)])
+def test_another_recipe_is_never_a_reproduction(wrong):
+    base = {("batch", "", 0): (95.,)*10, ("fixup", "", 0): (94.,)*10}
+    (name, value), = wrong.items()
+    assert said("dc-gap-cifar", made(base, **wrong)) == f"holds on CIFAR-10, 200 epochs, {name}={value}"
+    both = pd.concat([made(base), made({("batch", "", 0): (99.,)*10}, **wrong)])
+    assert ledger(both, [c for c in REGULARIZATION if c.id == "dc-gap-cifar"]).equals(ledger(made(base), [c for c in REGULARIZATION if c.id == "dc-gap-cifar"]))
+
+
+def test_what_efficientnet_lacks_here_is_said():
+    base = {("batch", "", 0): (85., 85.), ("batch", "dropout", .5): (85.9, 85.9)}
+    assert said("dc-b8-dropout", made(base, "ImageNet", 350, "imagenet", "efficientnet-b8")) == "holds on ImageNet, 350 epochs, without RandAugment and StochasticDepth"
+
+
+@pytest.mark.parametrize("fixup,verdict", [(5.2, "undecided"), (6.2, "holds"), (4., "does not hold")])
+def test_norms_are_compared_in_percent(fixup, verdict):
+    "Of a single seed, a fifth."
+    table = made({("batch", "", 0): (95.,), ("fixup", "", 0): (94.,)}).assign(embedding_norm=[5., fixup])
+    assert said("dc-grows-embedding-cifar10", table.assign(norm=["batch", "fixup"])) == f"{verdict} on CIFAR-10, 200 epochs, 1 of 10 seeds"
