@@ -75,7 +75,7 @@ def draw_lines(ax, stats, lines, by="depth"):
     ax.set(ylim=(0, 101), ylabel="Test Accuracy (%)")
     ax.set_title(f"mean ± one standard deviation, {note(stats)}", loc="right", fontsize=6.5, color="gray")
 
-SAID = {10: [("all-beta", 90, "Section 1")], 100: [("all-beta", 90, "Section 1")], 784: [("all-beta", 99, "Section 1"), ("gamma", 95, "Section 4")]}
+SAID = {10: [("all-beta", 90, "Section 1")], 100: [("all-beta", 90, "Section 1")], 784: [("all-beta", 99, "Section 1, of others"), ("gamma", 95, "Section 4")]}
 
 def missing(plan:list, table:pd.DataFrame, archs:list, lines) -> str:
     "What a figure of some networks and lines has to do without."
@@ -99,7 +99,7 @@ def depth_figure(table:pd.DataFrame,   # as `results` gives it
     draw_lines(ax, stats, lines)
     for policy,value,where in SAID.get(width, ()):
         color = next(l.color for l in LINES if l.policy == policy)
-        ax.axhline(value, color=color, ls="--", lw=1, alpha=.6, label=f"his {value}% ({where})")
+        ax.axhline(value, color=color, ls="--", lw=1, alpha=.6, label=f"{value}% ({where})")
     ax.set(xlabel=f"Hidden Layers of {width} Units, {table.images.iloc[0]}", xticks=DEPTHS, xlim=(1.5, 14.5))
     fig.legend(loc="outside upper center", ncols=2)
     footnote(fig, lacks)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'BASES', 'ADDED', 'GROUP', 'PAPER', 'TABLES', 'NORMS', 'COLORS', 'at_start', 'fig_start', 'method',
-           'methods', 'over_seeds', 'shown', 'cases', 'accuracies', 'robustness', 'robust', 'table3', 'told', 'fig2',
-           'lacking', 'fig3', 'in_numbers']
+           'methods', 'over_seeds', 'shown', 'cases', 'accuracies', 'robustness', 'robust', 'evaluate_robustness',
+           'table3', 'told', 'fig2', 'lacking', 'fig3', 'in_numbers']
 
 # %% ../nbs/11_regularization.ipynb #6db7eee2
 from pathlib import Path
@@ -63,7 +63,7 @@ def fig_start(starts:dict   # norm to a table by number of blocks, with embeddin
 BASES = {"batch": ("BatchNorm", "black"), "fixup": ("Fixup", "tab:blue"), "fixup-open": ("open Fixup", "tab:cyan"), "none": ("no BatchNorm", "tab:red"),
          "single": ("one BatchNorm", "tab:olive"), "fixup+single": ("Fixup and one BatchNorm", "tab:green")}
 ADDED = {"embedding_l2": ("embedding L2", "tab:purple"), "functional_l2": ("functional L2", "tab:orange"),
-         "standardize": ("standardizing loss", "tab:brown"), "dropout": ("Dropout", "tab:pink")}
+         "standardize": ("standardization loss", "tab:brown"), "dropout": ("Dropout", "tab:pink")}
 
 def method(spec:dict|pd.Series   # with the fields of a spec
           ) -> tuple[str, float]:   # e.g. ('Fixup + embedding L2', 0.1)
@@ -96,7 +96,7 @@ def shown(mean:float, sd:float, n:int) -> str: return f"{mean:.1f} ± {sd:.1f} (
 PAPER = {("imagenet", "BatchNorm"): "76.0 ± 0.0", ("imagenet", "one BatchNorm"): "73.8 ± 0.1", ("imagenet", "Fixup and one BatchNorm"): "74.9 ± 0.0",
          ("imagenet", "Fixup + embedding L2"): "close to 3 above Fixup", ("imagenet", "Fixup + functional L2"): "close to 3 above Fixup",
          ("cifar10", "Fixup + embedding L2"): "0.6 above Fixup", ("cifar10", "Fixup + functional L2"): "0.6 above Fixup",
-         ("cifar10", "open Fixup + standardizing loss"): "1.1 below BatchNorm", ("svhn", "BatchNorm"): "96.9", ("svhn", "Fixup"): "95.5",
+         ("cifar10", "open Fixup + standardization loss"): "1.1 below BatchNorm", ("svhn", "BatchNorm"): "96.9", ("svhn", "Fixup"): "95.5",
          ("svhn", "Fixup + embedding L2"): "96.5", ("svhn", "Fixup + functional L2"): "96.5",
          ("efficientnet", "BatchNorm + embedding L2"): "0.9 above BatchNorm", ("efficientnet", "BatchNorm + functional L2"): "0.9 above BatchNorm",
          ("efficientnet", "BatchNorm + Dropout"): "0.9 above BatchNorm"}
@@ -156,6 +156,17 @@ def robust(table:pd.DataFrame   # as `results` gives it
     found = [mean(f) for f in table.folder]
     return table.assign(robustness=found) if np.isfinite(found).any() else table
 
+# %% ../nbs/11_regularization.ipynb #5165b399
+def evaluate_robustness(study:str, table:pd.DataFrame):
+    "`robustness` of every CIFAR-10 run that lacks it, where CIFAR-10-C and what moved are at hand."
+    from bnonly.data import load_data
+    lacking = robust(table).reindex(columns=[*table.columns, "robustness"]).query("status == 'complete' and data == 'cifar10' and robustness.isna()")
+    lacking = lacking[[(Path(f)/"moved.safetensors").exists() for f in lacking.folder]]
+    if not len(lacking): return
+    try: data = load_data("cifar10-c")
+    except FileNotFoundError: return
+    for r in lacking[list(Spec.__dataclass_fields__)].to_dict("records"): robustness(Spec(**r), study, data)
+
 # %% ../nbs/11_regularization.ipynb #a709a0ca
 def table3(table:pd.DataFrame   # as `results` gives it
           ) -> pd.DataFrame:    # one row a method
@@ -164,7 +175,7 @@ def table3(table:pd.DataFrame   # as `results` gives it
     both = table.assign(drop=table.accuracy - table.dropped)
     cells = {c: over_seeds(both, v) for c,v in (("Accuracy (%)", "accuracy"), ("with Dropout (%)", "dropped"), ("Drop", "drop"))}
     first = next(iter(cells.values())).rename(columns=dict(images="Data", arch="Network", epochs="Epochs", method="Method"))
-    named = first[["Data", "Network", "Epochs", "Method"]].assign(Strength=[f"λ = {s:g}" if s else "" for s in first.strength])
+    named = first[["Data", "Network", "Epochs", "lr", "Method"]].assign(Strength=[f"λ = {s:g}" if s else "" for s in first.strength])
     return named.assign(**{c: [shown(*r) for r in stats[["mean", "sd", "n"]].itertuples(index=False)] for c,stats in cells.items()})
 
 # %% ../nbs/11_regularization.ipynb #effcd877
@@ -182,16 +193,18 @@ def fig2(epochs:pd.DataFrame,   # as `history` gives it, with the images' name
     "Accuracy, embedding norm and output norm by epoch, without penalties (the paper's Figure 2)."
     own = methods(epochs) if "embedding_norm" in epochs else epochs[:0]
     own = own[own.method.isin(COLORS)] if len(own) else own
-    groups = list(own.groupby(["images", "arch", "epochs"], sort=False)) if len(own) else []
+    groups = list(own.groupby(GROUP, sort=False)) if len(own) else []
     if not groups: return empty("Figure 2 (norms by epoch)", "no run without a penalty is complete")
     fig, axes = plt.subplots(len(groups), 3, figsize=(11, 2.7*len(groups)), squeeze=False)
-    for row,((images, arch, age), part) in zip(axes, groups):
+    for row,(group, part) in zip(axes, groups):
         for ax,(column,label) in zip(row, NORMS.items()): _curves(ax, part, column, label)
-        row[0].set_title(f"{arch} on {images}, {age} epochs", loc="left", fontsize=7)
+        row[0].set_title(_named(*group), loc="left", fontsize=7)
     found = {l: h for ax in axes.flat for h,l in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found, loc="outside upper center", ncols=len(found))
     footnote(fig, "; ".join(["mean ± one standard deviation over seeds", *lacking(plan, epochs)]))
     return fig
+
+def _named(images, arch, epochs, lr): return f"{arch} on {images}, {epochs} epochs, lr {lr:g}"
 
 def _curves(ax, part, column, label):
     for name,own in part.groupby("method", sort=False):
@@ -200,6 +213,7 @@ def _curves(ax, part, column, label):
         ax.fill_between(stats.index, stats["mean"] - stats.sd, stats["mean"] + stats.sd, color=COLORS[name], alpha=.15, lw=0)
     ax.set(xlabel="Epoch", ylabel=label)
 
+# %% ../nbs/11_regularization.ipynb #840ca7f2
 def lacking(plan:list, table:pd.DataFrame) -> list:   # of one sentence, or none
     "Which runs of the plan are not measured."
     keys = {Spec(**{f: r[f] for f in Spec.__dataclass_fields__}) for r in table.drop_duplicates([*Spec.__dataclass_fields__])[[*Spec.__dataclass_fields__]].to_dict("records")}
@@ -214,12 +228,12 @@ def fig3(table:pd.DataFrame,   # as `results` gives it
     "Accuracy and norms against the coefficient of a penalty (the paper's Figure 3)."
     kinds = {f"Fixup + {ADDED[k][0]}": ADDED[k] for k in ("embedding_l2", "functional_l2")}
     own = methods(table) if "embedding_norm" in table else table[:0]
-    groups = [g for g in own.groupby(["images", "arch", "epochs"], sort=False) if g[1].method.isin(kinds).any()] if len(own) else []
+    groups = [g for g in own.groupby(GROUP, sort=False) if g[1].method.isin(kinds).any()] if len(own) else []
     if not groups: return empty("Figure 3 (strength of a penalty)", "no run with embedding or functional L2 is complete")
     fig, axes = plt.subplots(len(groups), 3, figsize=(11, 2.7*len(groups)), squeeze=False)
-    for row,((images, arch, age), part) in zip(axes, groups):
+    for row,(group, part) in zip(axes, groups):
         for ax,(column,label) in zip(row, NORMS.items()): _strengths(ax, over_seeds(part, column), kinds, label)
-        row[0].set_title(f"{arch} on {images}, {age} epochs", loc="left", fontsize=7)
+        row[0].set_title(_named(*group), loc="left", fontsize=7)
     found = {l: h for ax in axes.flat for h,l in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found, loc="outside upper center", ncols=len(found))
     footnote(fig, "; ".join([f"mean ± one standard deviation, {told(over_seeds(own, 'accuracy'))}", *lacking(plan, table)]))
