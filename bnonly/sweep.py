@@ -311,7 +311,7 @@ def alike(policy:str) -> str:   # all, random2, bn or output
 
 def steps() -> pd.DataFrame:   # arch, policy, milliseconds_per_image, and what the name of the network says
     "The measured steps."
-    table = pd.DataFrame(json.loads((root()/"runs/bench/steps.json").read_text())["rows"])
+    table = pd.DataFrame(json.loads((root()/"runs/bench/cpu,steps.json").read_text())["rows"])
     return table.assign(**pd.DataFrame([parse_arch(a)._asdict() for a in table.arch]))
 
 # %% ../nbs/05_sweep.ipynb #386bdee5
