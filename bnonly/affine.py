@@ -6,8 +6,7 @@
 __all__ = ['PAIR', 'FAMILIES', 'PAPER_GAMMA', 'FAVOURITES', 'RESNETS', 'SHADES', 'PAPER_SMALL', 'DISTRIBUTIONS', 'IMAGES',
            'DECAYS', 'title', 'members', 'lacks', 'case', 'bins', 'heading', 'histogram', 'moments', 'fig04',
            'small_gammas', 'bar_panel', 'bar_figure', 'by_threshold', 'fig05', 'fig06', 'clip', 'grid', 'distributions',
-           'in_numbers', 'steps', 'decayed', 'matched', 'several_decays', 'decay_table', 'fig_decay', 'decay_bars',
-           'curve']
+           'steps', 'decayed', 'matched', 'several_decays', 'decay_table', 'fig_decay', 'decay_bars', 'curve']
 
 # %% ../nbs/08_affine.ipynb #bd5d9be2
 from pathlib import Path
@@ -226,28 +225,6 @@ def distributions(features:pd.DataFrame,   # as `channels` gives it
     own, missing = plain(features[features.policy.isin(PAIR)]), lacks(plan, features, panel)
     if not members(own, panel): return empty(f"The distribution of {value} in {FAMILIES[panel]}", *missing)
     return footnote(grid(own, panel, lambda ax, rows, p: histogram(ax, rows, value, p)), "all seeds together", *missing)
-
-# %% ../nbs/08_affine.ipynb #956cbcff
-def in_numbers(table:pd.DataFrame,      # as `results` gives it
-               features:pd.DataFrame    # as `channels` gives it
-              ) -> pd.DataFrame:        # one row a statement
-    "The paper's numbers beside the range over the networks of a study."
-    small = small_gammas(plain(features))
-    small, mean = _means(small[small.threshold == "0.01"], "share"), _means(plain(table), "accuracy")
-    rows = [("BatchNorm above 2 random params per channel (points)", 17, 21, mean["bn"] - mean["random2"]),
-            ("gammas below 0.01, BatchNorm only (%)", 25, 33, small["bn"])]
-    return pd.DataFrame([_beside(*r) for r in rows if r[-1].notna().any()], columns=["statement", "the paper", "here", "networks", "verdict"])
-
-# %% ../nbs/08_affine.ipynb #ce793822
-def _means(table, value):
-    "Means over seeds, networks by policies; empty columns where there is nothing."
-    stats = summary(table, value)
-    return stats.pivot_table(index="arch", columns="policy", values="mean").reindex(columns=["all", "bn", "random2"])
-
-def _beside(what, low, high, ours):
-    meets = low - .5 <= ours.min() and ours.max() <= high + .5
-    return {"statement": what, "the paper": f"{low} to {high}", "here": " to ".join(dict.fromkeys(f"{v:.1f}" for v in (ours.min(), ours.max()))),
-            "networks": ours.notna().sum(), "verdict": "agrees" if meets else "disagrees"}
 
 # %% ../nbs/08_affine.ipynb #070eeb64
 IMAGES = {"digits": 1_437, "cifar10": 50_000, "cifar10.1": 50_000, "mnist": 60_000, "imagenet": 1_281_167}   # to train on

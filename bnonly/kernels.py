@@ -549,7 +549,7 @@ def accelerate(model:nn.Module,      # frozen by its policy, channels-last, on i
         if type(m) is nn.MaxPool2d: m.forward = partial(_pool_forward, m)
         if few(m) and dtype in kernels(): m.forward = partial(_few_forward, m, dtype)
         if any(p.requires_grad for p in m.parameters()): continue
-        if type(m) is nn.Conv2d and m.padding_mode == "zeros": m.forward = partial(_conv_forward, m, dtype)
+        if type(m) is nn.Conv2d and m.padding_mode == "zeros" and not isinstance(m.padding, str): m.forward = partial(_conv_forward, m, dtype)
         if type(m) is nn.Linear: m.forward = partial(_linear_forward, m, dtype)
     return model
 

@@ -239,21 +239,20 @@ def spread(table) -> str:
 
 # %% ../nbs/15_report.ipynb #741d842e
 def answer(comparisons,   # as `bnonly.accuracy.ordering` gives them
-           numbers        # as `bnonly.affine.in_numbers` gives them
+           claims         # as `bnonly.claims.ledger` gives them
           ) -> str:       # HTML
-    "How far a study agrees with the paper, in words and as tables."
-    if not len(comparisons): return table_html(numbers) if len(numbers) else ""
+    "How far a study agrees with the paper, in words and as a table."
     found = comparisons["here"].value_counts().to_dict() if len(comparisons) else {}
     against = [f"The paper finds {r['the paper finds']}; here {r['first']} stands against {r['second']}."
                for r in comparisons.to_dict("records") if r["here"] == "reversed"]
-    against += [f"{r['statement']}: {r['the paper']} in the paper, {r['here']} here, over {r['networks']} network{'s'*(r['networks'] != 1)}."
-                for r in numbers.to_dict("records") if r["verdict"] == "disagrees"]
+    against += [f"{r['claim']}: {r['paper']} in the paper, {r['measured']} here (n = {r['n']})."
+                for r in claims.to_dict("records") if r["n"] and r["verdict"].startswith(("does not hold", "not reproduced"))]
     told = ", ".join(f"{n} {what}" for what,n in found.items() if what != "holds")
     items = "".join(f"<li>{html.escape(o[0].upper() + o[1:])}</li>" for o in against)
-    return (f"<p>Of the paper's {len(comparisons)} comparisons of mean test accuracy, {found.get('holds', 0)} hold{f' ({told})' if told else ''}: "
-            "the means differ, the paper's way, by more than one standard deviation, the larger of the two.</p>"
-            + (f"<p>What disagrees with the paper, which trained on CIFAR-10 for 160 epochs:</p><ul>{items}</ul>" if items else "")
-            + table_html(comparisons) + table_html(numbers))
+    return ((f"<p>Of the paper's {len(comparisons)} comparisons of mean test accuracy, {found.get('holds', 0)} hold{f' ({told})' if told else ''}: "
+             "the means differ, the paper's way, by more than one standard deviation, the larger of the two.</p>" if len(comparisons) else "")
+            + (f"<p>What disagrees with the paper and its own scale:</p><ul>{items}</ul>" if items else "")
+            + (table_html(comparisons) if len(comparisons) else ""))
 
 # %% ../nbs/15_report.ipynb #bca0a7f7
 def claims(study:str):   # as `bnonly.claims.ledger` gives it
@@ -265,13 +264,13 @@ def claims(study:str):   # as `bnonly.claims.ledger` gives it
     write(runs_dir()/study/"report"/"claims.html", page(f"The paper's claims: {study}", f"<h1>The paper's claims</h1><p class=small><a href='claims.csv'>data (CSV)</a></p>{table_html(found.drop(columns='id'), 'claims')}", study, "claims"))
     return found
 
-def claims_html(study:str) -> str:
+def claims_html(found) -> str:   # found: as `claims` gives it
     "The claims that were measured, and the number of all verdicts."
     from bnonly.claims import tally
-    found = claims(study)
-    return (f"<p>{len(found)} claims: {html.escape(tally(found))}. Only what is measured on the paper's images, epochs and networks, or counted, "
-            "can be reproduced. A number agrees within two standard errors (at most two points), or within the claim's tolerance where that is more; a claim about "
-            "several networks holds when it does for each. <a href='claims.html'>All of them</a>, with the runs that the others need.</p>"
+    return (f"<p>{len(found)} claims: {html.escape(tally(found))}. Only what is measured on the paper's images, epochs and networks, with as many seeds, or counted, "
+            "can be reproduced. A number agrees within two standard errors (at most two points), or within the claim's tolerance where that is more. An ordering must exceed its "
+            "error, and a bound gets no margin; between, a claim is undecided. A claim about several networks holds when it does for each. "
+            "<a href='claims.html'>All of them</a>, with the runs that the others need.</p>"
             + table_html(found[found.verdict != "not measured"].drop(columns=["id", "needs"]), "claims"))
 
 # %% ../nbs/15_report.ipynb #d556fe14
@@ -287,10 +286,8 @@ HEADLINE = "fig02", "fig01"   # the first of them that a study has opens its rep
 
 def overview(study:str) -> str:   # HTML
     "The first page of a report."
-    from bnonly.accuracy import left_out, ordering, plain
-    from bnonly.affine import in_numbers
-    from bnonly.features import channels
-    table, plan, sealed, drawn = results(study), preset(study), records(study), pictures(study)
+    from bnonly.accuracy import left_out, ordering
+    table, plan, sealed, drawn, ledger = results(study), preset(study), records(study), pictures(study), claims(study)
     first = sorted(drawn, key=lambda f: HEADLINE.index(f.stem) if f.stem in HEADLINE else len(HEADLINE))[:1]
     hosts = sorted({f"{r['machine']['device']} ({r['machine']['processor']}, {r['dtype']})" for r in sealed})
     short = len({s.key for s in plan} - {s.key for s in map(lambda r: Spec(**r["spec"]), sealed)})
@@ -299,9 +296,9 @@ def overview(study:str) -> str:   # HTML
 {table.seconds.sum()/60:.0f} minutes of training on {'; '.join(hosts)}. {f'{short} planned runs are not measured.' if short else ''} {html.escape(left_out(table))}</blockquote>
 {''.join(picture(f, told(f, stand_ins(table)), f"Figure {int(f.stem[3:])}." if f.stem in CAPTIONS else "") for f in first)}
 <p class=noprint><a href='figures.html'>All {len(drawn)} figures</a> with their data, <a href='runs.html'>every run</a>, <a href='settings.html'>the settings</a> that made them.</p>
-<h2>Does the paper's ordering hold?</h2>{answer(ordering(table), in_numbers(plain(table), plain(channels(study))))}
+<h2>Does the paper's ordering hold?</h2>{answer(ordering(table), ledger)}
 <h2>Test accuracy, mean ± standard deviation (seeds)</h2>{spread(table)}
-<h2>The paper's claims</h2>{claims_html(study)}""", study, "index")
+<h2>The paper's claims</h2>{claims_html(ledger)}""", study, "index")
 
 # %% ../nbs/15_report.ipynb #fce40b62
 def runs_page(study:str) -> str:   # HTML

@@ -306,7 +306,8 @@ class Line:
 def alike(policy:str) -> str:   # all, random2, bn or output
     "The measured policy whose step does the same work."
     if policy.startswith("all"): return "all"
-    if any(t in policy for t in ("random", "scattered", "shortcut")): return "random2"
+    if "shortcut" in policy: return "all"
+    if any(t in policy for t in ("random", "scattered")): return "random2"
     return "bn" if "bn" in policy else "output"
 
 def steps() -> pd.DataFrame:   # arch, policy, milliseconds_per_image, and what the name of the network says

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from bnonly.bench import bench_steps, seconds_of, spared, tick
 from bnonly.experiment import runs_dir
 from bnonly.report import main
 
@@ -31,6 +32,29 @@ def test_goals_from_the_command_line(monkeypatch, capsys):
     monkeypatch.setattr("bnonly.bench.bench_goals", lambda say: say(dict(what="160 epochs of resnet14", goal=30, measured=25.5)))
     main(["bench", "--goals"])
     assert capsys.readouterr().out == "160 epochs of resnet14: 25.5 (the goal, on one H200: 30)\n"
+
+
+def test_steps_that_price_a_study(monkeypatch, capsys):
+    monkeypatch.setattr("bnonly.bench.bench_steps", lambda say, steps=bench_steps: steps(((32, 2, ("resnet8",), ("bn", "random2")),), say))
+    main(["bench", "--steps", "--json"])
+    rows = [json.loads(l) for l in capsys.readouterr().out.splitlines()]
+    assert [(r["arch"], r["policy"]) for r in rows] == [("resnet8", "bn"), ("resnet8", "random2")] and all(r["milliseconds_per_image"] > 0 for r in rows)
+    assert json.loads((runs_dir() / "bench" / "cpu,steps.json").read_text())["rows"] == rows
+
+
+def test_only_steps_after_the_warm_up_are_timed():
+    ends = []
+    for n in range(8): tick(ends, 8)
+    assert len(seconds_of(ends)) == 5 and sum(seconds_of(ends)) == pytest.approx(ends[-1] - ends[2])
+
+
+def test_few_entries_cost_little_more_than_none():
+    "A convolution of ResNet-14 by hand: 16 entries of its 3x3x16x16 train, at 32x32 positions, two operations each."
+    spared_here = spared("resnet14", "random2", 1)
+    convs = [(3, 16, 32)] + [(16, 16, 32)]*4 + [(16, 32, 16)] + [(32, 32, 16)]*3 + [(32, 64, 8)] + [(64, 64, 8)]*3
+    shortcuts = [(16, 32, 16), (32, 64, 8)]
+    by_hand = sum(2*s*s*(9*i*o - 2*o) for i, o, s in convs) + sum(2*s*s*(i*o - 2*o) for i, o, s in shortcuts)
+    assert spared_here == by_hand and spared("resnet14", "bn", 1) == 0
 
 
 START = """

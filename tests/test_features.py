@@ -244,27 +244,14 @@ def test_shares_of_small_gammas_and_silent_relus():
     assert len(shares) == 6*3 and set(shares[shares.threshold == "0.01"].share) == {40.}
     assert set(shares[shares.threshold == "0.05"].share) == {60.} and set(shares[shares.threshold == "0.1"].share) == {80.}
     assert set(silent(toy).share) == {25.}
-    assert activity(toy).loc[("resnet20", "bn")][["silent", "on", "between", "n"]].tolist() == [25., 25., 25., 2.]
+    assert activity(toy).xs(("resnet20", "bn"), level=("arch", "policy")).iloc[0][["silent", "on", "between", "n"]].tolist() == [25., 25., 25., 2.]
     assert set(plain(toy).weight_decay) == {1e-4}
 
 
 def test_always_on_is_not_often_on():
     from bnonly.activations import activity
     toy = table(layer=0, role=0, gamma=1., beta=0., zero=[0., .009, .02, .05, .1, .7, .71, .99, .991, 1.])
-    assert activity(toy).loc[("resnet20", "bn")][["silent", "on", "between"]].tolist() == [20., 20., 20.]
-
-
-@pytest.mark.parametrize("small,verdict", [(.30, "agrees"), (.245, "agrees"), (.24, "disagrees"), (.34, "disagrees")])
-def test_the_papers_shares_in_numbers(small, verdict):
-    "A quarter to a third, give or take half a point."
-    from bnonly.affine import in_numbers
-    import pandas as pd
-    part = lambda share: pd.DataFrame(dict(layer=0, role=0, gamma=np.where(np.arange(1000) < 1000*share, .001, 1.), beta=0., zero=.5))
-    toy = table(**part(small))
-    toy.loc[toy.policy == "all", "gamma"] = np.tile(part(small/2).gamma, 2)
-    runs = toy.drop_duplicates("folder").assign(status="complete", accuracy=lambda t: t.policy.map(dict(bn=60., all=90.)))
-    found = in_numbers(runs, toy)
-    assert found.verdict.tolist() == [verdict] and found.networks.tolist() == [1] and found["here"][0] == f"{100*small:.1f}"
+    assert activity(toy).xs(("resnet20", "bn"), level=("arch", "policy")).iloc[0][["silent", "on", "between"]].tolist() == [20., 20., 20.]
 
 
 def test_the_network_shown_alone_is_the_papers_or_the_deepest():

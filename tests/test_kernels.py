@@ -2,6 +2,7 @@
 import copy
 import itertools
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from bnonly.data import load_data, loaders
 from bnonly.experiment import Spec
-from bnonly.kernels import FrozenConv, LeanPool, accelerate, bn_act, bn_act_plain, few, kernels
+from bnonly.kernels import FrozenConv, LeanPool, accelerate, bn_act, bn_act_plain, compile_library, few, kernels
 from bnonly.models import create_model
 from bnonly.policies import RandomEntries, freeze, trainable
 from bnonly.train import fit, loss_func, prepare, sgd
@@ -240,6 +241,11 @@ def test_without_a_compiler_there_is_one_line_of_notice(tmp_path):
 
 
 @needs_kernels
+@needs_kernels
+def test_what_the_compiler_objects_to_is_told():
+    with pytest.raises(RuntimeError, match="error: "): compile_library("int x = ;", os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+
+
 def test_two_processes_may_build_at_once(tmp_path):
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     both = [subprocess.Popen([sys.executable, "-c", "from bnonly.kernels import kernels; assert kernels()"], env=env) for _ in "ab"]

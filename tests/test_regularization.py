@@ -14,7 +14,7 @@ from bnonly.features import analyse, channels, restore
 from bnonly.models import ACTS, BatchNormAct, BiasAct, Shortcut, Swish, Swished, branches, create_model, roles
 from bnonly.penalties import Standardize, divergence, mean_square
 from bnonly.policies import counts, freeze
-from bnonly.regularization import at_start, method, robust, robustness
+from bnonly.regularization import at_start, evaluate_robustness, method, robust, robustness
 from bnonly.train import RATES, fit, groups, learner
 
 TINY = Spec(arch="wrn10-0.25", policy="all", bn_init="ones", act="swish", schedule="cosine", epochs=2)
@@ -224,6 +224,10 @@ def test_robustness_by_corruption_and_severity(corrupted, tmp_path, monkeypatch)
     assert table.loc["impulse_noise"].tolist() == (100*hits.double().mean(1)).tolist()
     assert robust(results("r")).robustness[0] == pytest.approx(table.to_numpy().mean())
     file = run_dir(spec, "r")/"robustness.csv"
+    before = file.read_bytes()
+    file.unlink()
+    evaluate_robustness("r", results("r"))
+    assert file.read_bytes() == before
     file.write_text(file.read_text().replace(pd.read_csv(file).seal[0], "another"))
     assert "robustness" not in robust(results("r"))
 
@@ -302,6 +306,12 @@ def test_another_recipe_is_never_a_reproduction(wrong):
     assert said("dc-gap-cifar", made(base, **wrong)) == f"holds on CIFAR-10, 200 epochs, {name}={value}"
     both = pd.concat([made(base), made({("batch", "", 0): (99.,)*10}, **wrong)])
     assert ledger(both, [c for c in REGULARIZATION if c.id == "dc-gap-cifar"]).equals(ledger(made(base), [c for c in REGULARIZATION if c.id == "dc-gap-cifar"]))
+
+
+def test_one_lucky_seed_does_not_stand_for_ten():
+    base = made({("batch", "", 0): (95.,)*10, ("fixup", "", 0): (94.,)*10})
+    lucky = made({("fixup", "", 0): (99.,)}, lr=.2)
+    assert said("dc-gap-cifar", pd.concat([base, lucky])) == "reproduced"
 
 
 def test_what_efficientnet_lacks_here_is_said():

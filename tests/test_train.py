@@ -100,6 +100,16 @@ def test_divergence_is_a_result():
     assert record["status"] == "diverged" and results().status.tolist() == ["diverged"]
 
 
+def test_the_smoothed_loss_is_fastais():
+    from types import SimpleNamespace
+    from bnonly.train import SmoothLoss
+    from fastai.learner import AvgSmoothLoss
+    both = SmoothLoss(), AvgSmoothLoss()
+    for loss in (2., 1., .5):
+        for m in both: m.accumulate(SimpleNamespace(loss=torch.tensor(loss)))
+        assert both[0].value == both[1].value
+
+
 def test_the_learning_rate_of_every_step_is_the_papers():
     "160 epochs: 0.1 until epoch 80, 0.01 until 120, then 0.001, changed at the first step of an epoch."
     seen = []
