@@ -141,3 +141,14 @@ def test_the_readme_tells_what_the_whole_schedule_gave(monkeypatch):
     told, = re.findall(r"reaches ([\d.]+)%.* Of its gammas ([\d.]+)% .* moves by ([\d.]+) points.* ([\d.]+)% of its ReLUs", (ROOT / "README.md").read_text())
     for number, claim in zip(told, ("r14-bn-acc", "disabled-third", "clamp01-bn", "silent-bn")):
         assert float(number) == round(float(found.measured[claim]), 1) and found.n[claim] == "1", claim
+
+
+def test_the_kernels_learn_as_well_as_pytorch(monkeypatch):
+    "ResNet-14, BatchNorm only, 16 epochs of CIFAR-10 (JPEG): the committed runs of both agree within one standard error."
+    from statistics import mean, variance
+    from bnonly.experiment import Spec, records
+    monkeypatch.delenv("BNONLY_RUNS")
+    spec = lambda r: Spec(arch="resnet14", policy="bn", data="cifar10", epochs=16, seed=r["spec"]["seed"]).__dict__
+    found = [[r["final"]["accuracy"] for s in studies for r in records(s) if r["spec"] == spec(r)] for studies in (("plain", "plain16"), ("fused", "short"))]
+    assert min(map(len, found)) >= 4
+    assert abs(mean(found[0]) - mean(found[1])) <= sum(variance(f)/len(f) for f in found)**.5
