@@ -580,7 +580,7 @@ def fig10(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     legend(fig, 2)
     return footnote(fig, f"{images(table, both)}, {SPREAD}", *missing)
 
-# %% ../nbs/07_accuracy.ipynb #f31dfb86
+# %% ../nbs/07_accuracy.ipynb #8bec663b
 def verdict(above, below) -> str:   # rows of `summary`
     "Whether one mean lies above another by more than one standard deviation."
     gap, spread = above["mean"] - below["mean"], np.maximum(above["sd"], below["sd"])
@@ -592,15 +592,14 @@ SEEDS = 3   # fewer say little about a spread
 def ordering(table:pd.DataFrame   # as `results` gives it
             ) -> pd.DataFrame:    # one row a comparison
     "The four comparisons of Figure 2, network by network."
-    stats = panels(summary(plain(table))).sort_values("at")
-    stats, rows = stats[stats.n >= min(SEEDS, stats.n.max())], []
+    stats, found = panels(summary(plain(table))).sort_values("at"), {}
     for _,own in stats.groupby("panel", sort=False):
         get = {(r["arch"], r["policy"]): r for r in own.to_dict("records")}
         archs = list(dict.fromkeys(own.arch))
         pairs = [((a, p), (a, q)) for p,q in (("all", "bn"), ("bn", "random2"), ("bn", "output")) for a in archs]
-        for one,two in pairs + [((b, "bn"), (a, "bn")) for a,b in zip(archs, archs[1:])]:
-            if one in get and two in get: rows.append(_compare(get[one], get[two]))
-    return pd.DataFrame(rows).drop_duplicates(ignore_index=True)   # resnet14 opens two panels
+        found |= {(one, two): (get[one], get[two]) for one,two in pairs + [((b, "bn"), (a, "bn")) for a,b in zip(archs, archs[1:])] if one in get and two in get}
+    n = {k: min(one["n"], two["n"]) for k,(one,two) in found.items()}   # resnet14, which opens two panels, once
+    return pd.DataFrame([_compare(*pair) for k,pair in found.items() if n[k] >= min(SEEDS, max(n.values()))])
 
 # %% ../nbs/07_accuracy.ipynb #cb2330dd
 def _compare(one, two):

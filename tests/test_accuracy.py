@@ -110,13 +110,15 @@ def test_each_family_has_its_own_recipe():
 
 
 def test_an_ordering_holds_beyond_one_standard_deviation():
-    "The larger of the two; and a network with fewer than three seeds is left out where others have them."
+    "The larger of the two; and a comparison of fewer than three seeds is left out where others have them."
     above, spread = dict(mean=60., sd=1.), lambda gap: dict(mean=60. - gap, sd=4.)
     assert [acc.verdict(above, spread(g)) for g in (5, 3, -3, -5)] == ["holds", "not told apart", "not told apart", "reversed"]
     assert acc.verdict(above, dict(mean=0., sd=float("nan"))) == "one seed only"
     rows = [("resnet14", p, s, v + s) for p, v in (("bn", 60), ("random2", 40)) for s in range(3)] + [("resnet32", p, 0, 50) for p in ("bn", "random2")]
     found = acc.ordering(runs(*rows))
     assert found[["the paper finds", "first", "second", "here"]].values.tolist() == [["resnet14 bn > resnet14 random2", "61.0 ± 1.0 (3)", "41.0 ± 1.0 (3)", "holds"]]
+    more = acc.ordering(runs(*[("resnet14", "bn", s, 60 + s) for s in range(4)], *[("resnet14", "random2", s, 40 + s) for s in range(2)]))
+    assert more["here"].tolist() == ["holds"]   # two seeds, and nothing has three of both
 
 
 @pytest.mark.parametrize("data,top1,top5", [("digits", 10, 50), ("imagenet", .1, .5)])
