@@ -112,7 +112,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'bnonly.bench.recorded': ('bench.html#recorded', 'bnonly/bench.py'),
                               'bnonly.bench.row': ('bench.html#row', 'bnonly/bench.py'),
                               'bnonly.bench.seconds_of': ('bench.html#seconds_of', 'bnonly/bench.py'),
-                              'bnonly.bench.spared': ('bench.html#spared', 'bnonly/bench.py'),
                               'bnonly.bench.step_seconds': ('bench.html#step_seconds', 'bnonly/bench.py'),
                               'bnonly.bench.take_turns': ('bench.html#take_turns', 'bnonly/bench.py'),
                               'bnonly.bench.tick': ('bench.html#tick', 'bnonly/bench.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WARM_UP', 'PEERS', 'IDEAS', 'CANDIDATES', 'ARCHS', 'TRAINS', 'PRICED', 'GOALS', 'noise', 'tick', 'Clock', 'ours',
            'as_data', 'plain_loader', 'plain_torch', 'plain_fastai', 'open_lth', 'loop', 'worker', 'seconds_of',
-           'Process', 'processes', 'take_turns', 'rates', 'work', 'spared', 'row', 'in_words', 'bench', 'keep',
-           'bench_ideas', 'step_seconds', 'bench_steps', 'epochs_of', 'at_once', 'bench_goals', 'recorded', 'goals']
+           'Process', 'processes', 'take_turns', 'rates', 'work', 'row', 'in_words', 'bench', 'keep', 'bench_ideas',
+           'step_seconds', 'bench_steps', 'epochs_of', 'at_once', 'bench_goals', 'recorded', 'goals']
 
 # %% ../nbs/05_bench.ipynb #c0d916ce
 import json, os, subprocess, sys, tempfile, time
@@ -231,24 +231,17 @@ def rates(dtype:torch.dtype) -> tuple:   # multiply-adds times two a second; byt
 def work(arch, policy, batch=128) -> tuple:   # floating-point operations, numbers moved
     "What one step has to compute and to move."
     from torch.utils.flop_counter import FlopCounterMode
-    model, moved = freeze(create_model(arch), policy), [0]
+    model, moved, spared = freeze(create_model(arch), policy), [0], [0]
     def count(m, args, out): moved[0] += out.numel() * (8 + 2*(len(args) > 1))
+    def spare(m, args, out):   # PyTorch's gradient of a whole weight, but for the few entries that train
+        whole, entries = m.parametrizations.weight[0].base, m.parametrizations.weight.original
+        spared[0] += 2 * out.numel()//out.shape[1] * (whole.numel() - entries.numel())
     for m in model.modules():
         if isinstance(m, BatchNormAct): m.register_forward_hook(count)
+        if few(m): m.register_forward_hook(spare)
     with FlopCounterMode(display=False) as flops:
         model(torch.randn(2, 3, 32, 32)).square().mean().backward()
-    return (flops.get_total_flops() - spared(arch, policy)) * batch/2, moved[0] * batch/2
-
-def spared(arch, policy, images=2):
-    "What PyTorch computes of the gradients of weights of which few entries train, beyond these entries."
-    model, sizes = freeze(create_model(arch), policy), []
-    def count(m, args, out):   # an entry reads one number for each that it writes
-        w, positions = m.parametrizations.weight, out.numel()//out.shape[1]
-        sizes.append(2*positions*(w[0].base.numel() - w.original.numel()))
-    for m in model.modules():
-        if few(m): m.register_forward_hook(count)
-    if any(few(m) for m in model.modules()): model(torch.randn(images, 3, 32, 32))
-    return sum(sizes)
+    return (flops.get_total_flops() - spared[0]) * batch/2, moved[0] * batch/2
 
 # %% ../nbs/05_bench.ipynb #9b8c80a7
 ARCHS, TRAINS = ("resnet14", "resnet56", "wrn14-4", "vgg11"), ("bn", "all", "random2")

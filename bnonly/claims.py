@@ -572,9 +572,10 @@ def _compared(name, a, b, column):
     ratio, se = a.value/b.value, ((a.sd/a.value)**2/a.n + (b.sd/b.value)**2/b.n)**.5
     return Item(name, 100*(ratio - 1), 100*ratio*se, 100*max(a.sd/a.value, b.sd/b.value), min(a.n, b.n), (a, b))
 
-def _margin(column, number):
-    "Of a single seed: a fifth of a norm, as far as the demo's seeds differ; two points of accuracy, but no more than half of a difference that the text gives."
-    return 20. if column.endswith("_norm") else min(2., abs(number)/2 or .5) if isinstance(number, float) else 2.
+def _margin(column, number):   # number: a difference that the text gives, else None
+    "Of a single seed: a fifth of a norm; two points of accuracy, but no more than half of the difference, or half a point where there is none."
+    if column.endswith("_norm"): return 20.
+    return min(2., abs(number)/2 or .5) if isinstance(number, float) else 2.
 
 # %% ../nbs/12_claims.ipynb #b7c602f8
 def told(id, place, words, where, one, two=None, number=None, column="accuracy", tolerance=.5, shown=None):
@@ -583,7 +584,7 @@ def told(id, place, words, where, one, two=None, number=None, column="accuracy",
         a, b = cases_of(runs, where, one, column, two is not None), cases_of(runs, where, two, column) if two else {}
         return [_compared(k, a[k], b[k], column) if two else _item(k, a[k]) for k in a if not two or k in b]
     low, high = (0, np.inf) if number is None else _ends(number)
-    single = _margin(column, number if two else None)   # else one seed would agree with the opposite too
+    single = _margin(column, number if two else None)
     return Claim(id, f"Dauphin and Cubuk, {place}", words, shown or ("above" if number is None else _shown(number)), low, high, measure,
                  tuple(o for o in (one, two) if o), tolerance, ordering=number is None, single=single, on=WHERE[where])
 

@@ -251,7 +251,7 @@ def answer(comparisons,   # as `bnonly.accuracy.ordering` gives them
     items = "".join(f"<li>{html.escape(o[0].upper() + o[1:])}</li>" for o in against)
     return ((f"<p>Of the paper's {len(comparisons)} comparisons of mean test accuracy, {found.get('holds', 0)} hold{f' ({told})' if told else ''}: "
              "the means differ, the paper's way, by more than one standard deviation, the larger of the two.</p>" if len(comparisons) else "")
-            + (f"<p>What disagrees with the paper and its own scale:</p><ul>{items}</ul>" if items else "")
+            + (f"<p>What disagrees with the paper:</p><ul>{items}</ul>" if items else "")
             + (table_html(comparisons) if len(comparisons) else ""))
 
 # %% ../nbs/15_report.ipynb #bca0a7f7
