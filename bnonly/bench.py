@@ -24,7 +24,7 @@ from torch.nn import functional as F
 # %% ../nbs/05_bench.ipynb #0077842f
 from .data import describe, loaders, split
 from .experiment import Spec, parse_arch, parse_policy, root, run_dir, runs_dir, write
-from .kernels import accelerate, few, keep_memory
+from .kernels import accelerate, few, keep_memory, kernels, tiled
 from .models import BatchNormAct, create_model
 from .policies import freeze, trainable
 from .train import Callback, CancelFitException, Learner, default_device, default_dtype, fit, fit_many, learner, machine, prepare
@@ -131,7 +131,7 @@ PEERS = dict(bnonly=ours, fastai=plain_fastai, torch=plain_torch, open_lth=open_
 
 # %% ../nbs/05_bench.ipynb #6c09fb50
 IDEAS = ("a plain loop", "batches made on the device", "channels last", "bfloat16", "BatchNorm, residual and ReLU in one",
-         "frozen convolutions keep only their weight", "freed memory kept")
+         "frozen convolutions keep only their weight", "3x3 convolutions by Winograd's tiles", "freed memory kept")
 
 def loop(n, arch, policy, x, y):
     "A loop with the first n ideas."
@@ -139,9 +139,10 @@ def loop(n, arch, policy, x, y):
     device = default_device()
     dtype, model = default_dtype(device) if n > 2 else torch.float32, freeze(create_model(arch), policy).to(device)
     if n > 1: model = model.to(memory_format=torch.channels_last)
+    if 3 < n < 6 and kernels(): kernels()[torch.bfloat16] = *kernels()[torch.bfloat16][:3], None   # no tiles in this process
     if n > 3: accelerate(model, dtype)
     if n == 4: [m.__dict__.pop("forward", None) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    if n > 5: keep_memory()
+    if n > 6: keep_memory()
     opt = torch.optim.SGD(trainable(model).values(), lr=.1, momentum=.9, weight_decay=1e-4)
     batches, _ = loaders(as_data(x, y), 128, 0, device)
     def steps(total):
@@ -228,17 +229,20 @@ def rates(dtype:torch.dtype) -> tuple:   # multiply-adds times two a second; byt
     c = torch.empty_like(b)
     return best(lambda: a@a, 2*2048**3), best(lambda: c.copy_(b), 2*b.nbytes)
 
-def work(arch, policy, batch=128) -> tuple:   # floating-point operations, numbers moved
-    "What one step has to compute and to move."
+def work(arch, policy, batch=128, dtype=torch.float32) -> tuple:   # floating-point operations, numbers moved
+    "What one step has to compute and to move; in bfloat16 with Winograd's tiles where there are any."
     from torch.utils.flop_counter import FlopCounterMode
     model, moved, spared = freeze(create_model(arch), policy), [0], [0]
     def count(m, args, out): moved[0] += out.numel() * (8 + 2*(len(args) > 1))
     def spare(m, args, out):   # PyTorch's gradient of a whole weight, but for the few entries that train
         whole, entries = m.parametrizations.weight[0].base, m.parametrizations.weight.original
         spared[0] += 2 * out.numel()//out.shape[1] * (whole.numel() - entries.numel())
+    def tile(m, args, out): spared[0] += 2 * 2*out.numel()*m.weight[0].numel() * 20//36   # forward and to the input
     for m in model.modules():
         if isinstance(m, BatchNormAct): m.register_forward_hook(count)
         if few(m): m.register_forward_hook(spare)
+        like = torch.empty(0, dtype=dtype, device=default_device())
+        if isinstance(m, torch.nn.Conv2d) and tiled(like, m.weight, m.stride, m.padding, m.dilation, m.groups): m.register_forward_hook(tile)
     with FlopCounterMode(display=False) as flops:
         model(torch.randn(2, 3, 32, 32)).square().mean().backward()
     return (flops.get_total_flops() - spared[0]) * batch/2, moved[0] * batch/2
@@ -255,8 +259,8 @@ def row(arch:str, policy:str,
     peers = take_turns({n: p for n,p in found.items() if n != "open_lth" or policy in ("bn", "all")}, arch, policy, rounds)
     own, device = peers.pop("bnonly"), default_device()
     for p in peers.values(): p["ratio"] = round(own["images_per_second"]/p["images_per_second"], 2)
-    flops, numbers = work(arch, policy)
     dtype, step = default_dtype(device), 128/own["images_per_second"]
+    flops, numbers = work(arch, policy, dtype=dtype)
     multiply, move = flops/rate[0], numbers*dtype.itemsize/rate[1]
     return dict(arch=arch, policy=policy, device=device.type, dtype=str(dtype).split(".")[1], **own, ratio=min(p["ratio"] for p in peers.values()),
                 peers=peers, step_ms=round(1000*step, 1), multiply_ms=round(1000*multiply, 1), move_ms=round(1000*move, 1), bound=round((multiply+move)/step, 2))

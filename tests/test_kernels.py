@@ -11,7 +11,7 @@ import pytest
 import torch
 from bnonly.data import load_data, loaders
 from bnonly.experiment import Spec
-from bnonly.kernels import FrozenConv, LeanPool, accelerate, bn_act, bn_act_plain, compile_library, few, kernels
+from bnonly.kernels import LeanConv, LeanPool, accelerate, bn_act, bn_act_plain, compile_library, convolve, few, kernels, tiled
 from bnonly.models import create_model
 from bnonly.policies import RandomEntries, freeze, trainable
 from bnonly.train import fit, loss_func, prepare, sgd
@@ -107,14 +107,71 @@ def test_what_does_not_fit_goes_to_the_definition():
 def test_a_frozen_convolution_keeps_only_its_weight(stride, size, bias):
     x, w, kept = torch.randn(4, 16, 8, 8).contiguous(**BIG).requires_grad_(), torch.randn(32, 16, size, size).contiguous(**BIG), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        y = FrozenConv.apply(x, w, bias, (stride,)*2, (size//2,)*2, (1, 1), 1)
+        y = LeanConv.apply(x, w, bias, (stride,)*2, (size//2,)*2, (1, 1), 1)
     want = torch.conv2d(x, w, bias, stride, size//2)
     g = torch.randn_like(y)
     assert [t.data_ptr() for t in kept] == [w.data_ptr()] and torch.equal(y, want)
     assert torch.equal(torch.autograd.grad(y, x, g)[0], torch.autograd.grad(want, x, g)[0])
 
 
-LAYERS = [(torch.nn.Conv2d(16, 32, 3, padding=1, bias=False), (4, 16, 8, 8)), (torch.nn.Conv2d(3, 16, 3, padding=1, bias=False), (2, 3, 9, 7)),
+needs_tiles = pytest.mark.skipif(not kernels() or not kernels()[torch.bfloat16][3], reason="no bfloat16 products here, or AMX, which needs no tiles")
+SAME = (1, 1), (1, 1), (1, 1), 1   # stride, padding, dilation, groups
+
+def tile_case(B, C, O, H, W):
+    g = torch.Generator().manual_seed(0)
+    x, w, dy = torch.randn(B, C, H, W, generator=g), torch.randn(O, C, 3, 3, generator=g)*(2/(9*C))**.5, torch.randn(B, O, H, W, generator=g)
+    return [t.bfloat16().contiguous(**BIG) for t in (x, w, dy)] + [torch.randn(O, generator=g).bfloat16()]
+
+@needs_tiles
+@pytest.mark.parametrize("shape", [(3, 32, 32, 1, 1), (2, 32, 64, 5, 7), (9, 64, 32, 8, 8), (3, 96, 160, 9, 4), (1, 64, 128, 33, 56), (70, 32, 32, 2, 2)], ids=str)
+def test_winograds_tiles_against_float64(shape):
+    "Within four roundings to bfloat16 (0.0017 each); the weight's gradient is PyTorch's, to the bit."
+    x, w, dy, bias = tile_case(*shape)
+    assert tiled(x, w, *SAME)
+    x.requires_grad_(), w.requires_grad_(), bias.requires_grad_()
+    got = LeanConv.apply(x, w, bias, *SAME)
+    got = got, *torch.autograd.grad(got, (x, w, bias), dy)
+    exact = [t.detach().double().requires_grad_() for t in (x, w, bias)]
+    want = torch.conv2d(*exact, 1, 1)
+    want = want, *torch.autograd.grad(want, exact, dy.double())
+    for a, b in zip(got, want): assert (a.double() - b).norm() < .007 * b.norm()
+    assert torch.equal(got[2], torch.autograd.grad(torch.conv2d(x, w, bias, 1, 1), w, dy)[0])
+
+@needs_tiles
+def test_tiles_depend_neither_on_threads_nor_on_other_images():
+    x, w, _, bias = tile_case(37, 64, 96, 6, 10)
+    n, results = torch.get_num_threads(), []
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        results.append(convolve(x, w, bias, *SAME))
+    torch.set_num_threads(n)
+    assert torch.equal(*results)
+    assert all(torch.equal(convolve(x[i:i+1], w, bias, *SAME), results[0][i:i+1]) for i in (0, 20, 36))
+
+@needs_tiles
+def test_tiles_are_made_once_and_again_when_the_weight_changes():
+    x, w, _, _ = tile_case(2, 32, 32, 6, 6)
+    with torch.inference_mode(): before = convolve(x, w, None, *SAME)
+    assert torch.equal(convolve(x, w, None, *SAME), before)
+    kept = w.tiles[False][1]
+    convolve(x, w, None, *SAME)
+    assert w.tiles[False][1] is kept
+    with torch.inference_mode(): assert torch.equal(convolve(x, w.clone(), None, *SAME), before)
+    w.put_(torch.tensor([5, 700]), torch.tensor([9., -9.]).bfloat16())
+    after, want = convolve(x, w, None, *SAME).float(), torch.conv2d(x, w, None, 1, 1).float()
+    assert (after - want).norm() < .01*want.norm() < .1*(after - before).norm()
+
+@needs_tiles
+def test_what_tiles_cannot_take_is_left_to_pytorch():
+    x, w, *_ = tile_case(1, 32, 32, 6, 6)
+    for wrong in ((x.float(), w, *SAME), (x, w, (2, 2), *SAME[1:]), (x, w, (1, 1), (0, 0), (1, 1), 1), (x, w, *SAME[:2], (2, 2), 1),
+                  (x[:, :16], w[:, :16], *SAME), (x, w[:16], *SAME), (x, w[..., :1, :1], *SAME), (x, w[:, :16], *SAME[:3], 2)):
+        assert not tiled(*wrong)
+    trained = accelerate(torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.Conv2d(32, 32, 3, padding=1)), torch.bfloat16)
+    assert ["forward" in vars(m) for m in trained] == [False, True]
+
+
+LAYERS = [(torch.nn.Conv2d(32, 64, 3, padding=1), (4, 32, 9, 8)), (torch.nn.Conv2d(16, 32, 3, padding=1, bias=False), (4, 16, 8, 8)), (torch.nn.Conv2d(3, 16, 3, padding=1, bias=False), (2, 3, 9, 7)),
           (torch.nn.Conv2d(16, 8, 3, stride=2, padding=1, bias=False), (3, 16, 9, 12)), (torch.nn.Conv2d(20, 40, 1, stride=2, bias=False), (3, 20, 7, 7)),
           (torch.nn.Conv2d(1, 6, 5, bias=False), (2, 1, 32, 32)), (torch.nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), (1, 3, 40, 40)),
           (torch.nn.Conv2d(16, 32, 3, padding=1), (4, 16, 8, 8)), (torch.nn.Linear(30, 50), (128, 30)), (torch.nn.Linear(784, 100, bias=False), (7, 784))]
