@@ -139,7 +139,7 @@ def loop(n, arch, policy, x, y):
     device = default_device()
     dtype, model = default_dtype(device) if n > 2 else torch.float32, freeze(create_model(arch), policy).to(device)
     if n > 1: model = model.to(memory_format=torch.channels_last)
-    if 3 < n < 6 and kernels(): kernels()[torch.bfloat16] = *kernels()[torch.bfloat16][:3], None   # no tiles in this process
+    if 3 < n < 6 and kernels(): kernels()[dtype] = kernels()[dtype]._replace(winograd=None)   # in this process
     if n > 3: accelerate(model, dtype)
     if n == 4: [m.__dict__.pop("forward", None) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     if n > 6: keep_memory()
@@ -237,12 +237,12 @@ def work(arch, policy, batch=128, dtype=torch.float32) -> tuple:   # floating-po
     def spare(m, args, out):   # PyTorch's gradient of a whole weight, but for the few entries that train
         whole, entries = m.parametrizations.weight[0].base, m.parametrizations.weight.original
         spared[0] += 2 * out.numel()//out.shape[1] * (whole.numel() - entries.numel())
-    def tile(m, args, out): spared[0] += 2 * 2*out.numel()*m.weight[0].numel() * 20//36   # forward and to the input
+    def tile(m, args, out): spared[0] += (1 + args[0].requires_grad) * 2*out.numel()*m.weight[0].numel() * 20//36   # forward, and backward to the input
     for m in model.modules():
         if isinstance(m, BatchNormAct): m.register_forward_hook(count)
         if few(m): m.register_forward_hook(spare)
-        like = torch.empty(0, dtype=dtype, device=default_device())
-        if isinstance(m, torch.nn.Conv2d) and tiled(like, m.weight, m.stride, m.padding, m.dilation, m.groups): m.register_forward_hook(tile)
+        if not isinstance(m, torch.nn.Conv2d) or default_device().type != "cpu": continue
+        if tiled(dtype, m.weight, m.stride, m.padding, m.dilation, m.groups): m.register_forward_hook(tile)
     with FlopCounterMode(display=False) as flops:
         model(torch.randn(2, 3, 32, 32)).square().mean().backward()
     return (flops.get_total_flops() - spared[0]) * batch/2, moved[0] * batch/2

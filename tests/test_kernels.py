@@ -114,7 +114,7 @@ def test_a_frozen_convolution_keeps_only_its_weight(stride, size, bias):
     assert torch.equal(torch.autograd.grad(y, x, g)[0], torch.autograd.grad(want, x, g)[0])
 
 
-needs_tiles = pytest.mark.skipif(not kernels() or not kernels()[torch.bfloat16][3], reason="no bfloat16 products here, or AMX, which needs no tiles")
+needs_tiles = pytest.mark.skipif(not kernels() or not kernels()[torch.bfloat16].winograd, reason="no bfloat16 products here, or AMX, which needs no tiles")
 SAME = (1, 1), (1, 1), (1, 1), 1   # stride, padding, dilation, groups
 
 def tile_case(B, C, O, H, W):
@@ -127,7 +127,7 @@ def tile_case(B, C, O, H, W):
 def test_winograds_tiles_against_float64(shape):
     "Within four roundings to bfloat16 (0.0017 each); the weight's gradient is PyTorch's, to the bit."
     x, w, dy, bias = tile_case(*shape)
-    assert tiled(x, w, *SAME)
+    assert tiled(x.dtype, w, *SAME)
     x.requires_grad_(), w.requires_grad_(), bias.requires_grad_()
     got = LeanConv.apply(x, w, bias, *SAME)
     got = got, *torch.autograd.grad(got, (x, w, bias), dy)
@@ -153,9 +153,9 @@ def test_tiles_are_made_once_and_again_when_the_weight_changes():
     x, w, _, _ = tile_case(2, 32, 32, 6, 6)
     with torch.inference_mode(): before = convolve(x, w, None, *SAME)
     assert torch.equal(convolve(x, w, None, *SAME), before)
-    kept = w.tiles[False][1]
+    kept = w.transformed[False][1]
     convolve(x, w, None, *SAME)
-    assert w.tiles[False][1] is kept
+    assert w.transformed[False][1] is kept
     with torch.inference_mode(): assert torch.equal(convolve(x, w.clone(), None, *SAME), before)
     w.put_(torch.tensor([5, 700]), torch.tensor([9., -9.]).bfloat16())
     after, want = convolve(x, w, None, *SAME).float(), torch.conv2d(x, w, None, 1, 1).float()
@@ -163,12 +163,43 @@ def test_tiles_are_made_once_and_again_when_the_weight_changes():
 
 @needs_tiles
 def test_what_tiles_cannot_take_is_left_to_pytorch():
-    x, w, *_ = tile_case(1, 32, 32, 6, 6)
-    for wrong in ((x.float(), w, *SAME), (x, w, (2, 2), *SAME[1:]), (x, w, (1, 1), (0, 0), (1, 1), 1), (x, w, *SAME[:2], (2, 2), 1),
-                  (x[:, :16], w[:, :16], *SAME), (x, w[:16], *SAME), (x, w[..., :1, :1], *SAME), (x, w[:, :16], *SAME[:3], 2)):
-        assert not tiled(*wrong)
-    trained = accelerate(torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.Conv2d(32, 32, 3, padding=1)), torch.bfloat16)
-    assert ["forward" in vars(m) for m in trained] == [False, True]
+    x, w, _, bias = tile_case(1, 32, 32, 6, 6)
+    for dtype, weight, *geometry in ((torch.float32, w, *SAME), (x.dtype, w, (2, 2), *SAME[1:]), (x.dtype, w, (1, 1), (0, 0), (1, 1), 1),
+                                     (x.dtype, w, *SAME[:2], (2, 2), 1), (x.dtype, w[:, :16], *SAME), (x.dtype, w[:16], *SAME),
+                                     (x.dtype, w[..., :1, :1], *SAME), (x.dtype, w, *SAME[:3], 2)):
+        assert not tiled(dtype, weight, *geometry)
+    assert torch.equal(convolve(x[0], w, bias, *SAME), torch.conv2d(x[0], w, bias, *SAME))   # no batch
+    assert convolve(x[:0], w, bias, *SAME).shape == (0, 32, 6, 6)
+    for wrong in ((x, w.repeat(1, 2, 1, 1), bias), (x.repeat(1, 2, 1, 1), w, bias), (x, w, bias.float())):
+        with pytest.raises(RuntimeError): convolve(*wrong, *SAME)
+
+
+@needs_tiles
+def test_a_convolution_that_trains_goes_by_tiles_under_autocast_alone():
+    net = accelerate(torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.Conv2d(32, 32, 3, padding=1)), torch.bfloat16)
+    assert ["forward" in vars(m) for m in net] == [False, True]
+    x = torch.randn(2, 16, 8, 8).contiguous(**BIG)
+    plain = net(x)
+    assert plain.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16): y = net(x)
+    assert y.dtype == torch.bfloat16 and (y - plain).norm() < .01*plain.norm()
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+    layer = net[1]
+    layer.weight.requires_grad_(False), layer.bias.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16): assert layer(torch.randn(2, 32, 8, 8).contiguous(**BIG)).requires_grad
+
+
+@needs_tiles
+def test_a_bfloat16_weight_that_a_fused_optimizer_moves_is_transformed_anew():
+    x, w, *_ = tile_case(2, 32, 32, 6, 6)
+    w.requires_grad_()
+    opt = torch.optim.SGD([w], lr=1e-2, fused=True)
+    for _ in range(3):
+        y = LeanConv.apply(x, w, None, *SAME)
+        assert (y - torch.conv2d(x, w, None, 1, 1)).norm() < .01*y.norm()
+        y.float().square().sum().backward()
+        opt.step()
 
 
 LAYERS = [(torch.nn.Conv2d(32, 64, 3, padding=1), (4, 32, 9, 8)), (torch.nn.Conv2d(16, 32, 3, padding=1, bias=False), (4, 16, 8, 8)), (torch.nn.Conv2d(3, 16, 3, padding=1, bias=False), (2, 3, 9, 7)),

@@ -149,6 +149,6 @@ def test_the_kernels_learn_as_well_as_pytorch(monkeypatch):
     from bnonly.experiment import Spec, records
     monkeypatch.delenv("BNONLY_RUNS")
     spec = lambda r: Spec(arch="resnet14", policy="bn", data="cifar10", epochs=16, seed=r["spec"]["seed"]).__dict__
-    found = [[r["final"]["accuracy"] for s in studies for r in records(s) if r["spec"] == spec(r)] for studies in (("plain", "plain16"), ("fused", "short"))]
+    found = [[r["final"]["accuracy"] for s in studies for r in records(s) if r["spec"] == spec(r)] for studies in (("plain", "plain16"), ("fused", "short", "tiles"))]
     assert min(map(len, found)) >= 4
     assert abs(mean(found[0]) - mean(found[1])) <= sum(variance(f)/len(f) for f in found)**.5
