@@ -100,7 +100,8 @@ h1,h2,h3{break-after:avoid}figure,tr,img{break-inside:avoid}a{color:inherit;text
 SORTING = """
 document.querySelectorAll("table.runs").forEach(t=>{const body=t.tBodies[0],rows=[...body.rows],value=(r,i)=>r.cells[i].textContent.trim();
 t.querySelectorAll("th").forEach((h,i)=>{h.tabIndex=0;const sort=()=>{const up=h.ariaSort!=="ascending";t.querySelectorAll("th").forEach(o=>o.ariaSort="none");h.ariaSort=up?"ascending":"descending";
-rows.sort((a,b)=>value(a,i).localeCompare(value(b,i),"en",{numeric:true})*(up?1:-1));body.append(...rows)};h.onclick=sort;h.onkeydown=e=>{if(e.key==="Enter")sort()}})
+const compare=(a,b)=>isNaN(a-b)?a.localeCompare(b,"en",{numeric:true}):a-b;
+rows.sort((a,b)=>compare(value(a,i),value(b,i))*(up?1:-1));body.append(...rows)};h.onclick=sort;h.onkeydown=e=>{if(e.key==="Enter")sort()}})
 const find=document.querySelector("#find"),count=document.querySelector("#count");
 find.oninput=()=>{const words=find.value.toLowerCase().split(/\\s+/);let n=0;rows.forEach(r=>{const text=" "+r.textContent.toLowerCase()+" ",cells=[...r.cells].map(c=>c.textContent.toLowerCase());
 const fits=words.every(w=>!w||(w.startsWith("=")?cells.includes(w.slice(1)):text.includes(w)));r.hidden=!fits;n+=fits});count.textContent=n};find.oninput()})

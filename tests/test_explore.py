@@ -77,7 +77,7 @@ def test_accuracies_are_those_of_the_clamped_network(explorer):
         right = 100 * correct(model, loaders(data, 128, device="cpu")[1]) / len(data.test)
         (n, told), *more = explore.numbers(found, t)["measured"]
         if n == explore.numbers(found, t)["below"]:
-            assert told == pytest.approx(right)
+            assert told == pytest.approx(right, abs=1.01*100/len(data.test))   # one image: processors round differently
         elif not more:
             assert "and not beyond" in explore.sentences(explore.numbers(found, t), 50)
     assert explore.numbers(found, .01)["measured"][1:] == [] and t == .9 and not more
