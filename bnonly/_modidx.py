@@ -379,6 +379,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bnonly.kernels.convolve': ('kernels.html#convolve', 'bnonly/kernels.py'),
                                 'bnonly.kernels.few': ('kernels.html#few', 'bnonly/kernels.py'),
                                 'bnonly.kernels.fits': ('kernels.html#fits', 'bnonly/kernels.py'),
+                                'bnonly.kernels.geometry': ('kernels.html#geometry', 'bnonly/kernels.py'),
                                 'bnonly.kernels.input_gradient': ('kernels.html#input_gradient', 'bnonly/kernels.py'),
                                 'bnonly.kernels.keep_memory': ('kernels.html#keep_memory', 'bnonly/kernels.py'),
                                 'bnonly.kernels.kernels': ('kernels.html#kernels', 'bnonly/kernels.py'),

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 # %% ../nbs/05_bench.ipynb #0077842f
 from .data import describe, loaders, split
 from .experiment import Spec, parse_arch, parse_policy, root, run_dir, runs_dir, write
-from .kernels import accelerate, few, keep_memory, kernels, tiled
+from .kernels import accelerate, few, geometry, keep_memory, kernels, tiled
 from .models import BatchNormAct, create_model
 from .policies import freeze, trainable
 from .train import Callback, CancelFitException, Learner, default_device, default_dtype, fit, fit_many, learner, machine, prepare
@@ -232,7 +232,7 @@ def rates(dtype:torch.dtype) -> tuple:   # multiply-adds times two a second; byt
 def work(arch, policy, batch=128, dtype=torch.float32) -> tuple:   # floating-point operations, numbers moved
     "What one step has to compute and to move; in bfloat16 with Winograd's tiles where there are any."
     from torch.utils.flop_counter import FlopCounterMode
-    model, moved, spared = freeze(create_model(arch), policy), [0], [0]
+    model, moved, spared, cpu = freeze(create_model(arch), policy), [0], [0], default_device().type == "cpu"
     def count(m, args, out): moved[0] += out.numel() * (8 + 2*(len(args) > 1))
     def spare(m, args, out):   # PyTorch's gradient of a whole weight, but for the few entries that train
         whole, entries = m.parametrizations.weight[0].base, m.parametrizations.weight.original
@@ -241,8 +241,7 @@ def work(arch, policy, batch=128, dtype=torch.float32) -> tuple:   # floating-po
     for m in model.modules():
         if isinstance(m, BatchNormAct): m.register_forward_hook(count)
         if few(m): m.register_forward_hook(spare)
-        if not isinstance(m, torch.nn.Conv2d) or default_device().type != "cpu": continue
-        if tiled(dtype, m.weight, m.stride, m.padding, m.dilation, m.groups): m.register_forward_hook(tile)
+        if cpu and isinstance(m, torch.nn.Conv2d) and tiled(dtype, m.weight, *geometry(m)): m.register_forward_hook(tile)
     with FlopCounterMode(display=False) as flops:
         model(torch.randn(2, 3, 32, 32)).square().mean().backward()
     return (flops.get_total_flops() - spared[0]) * batch/2, moved[0] * batch/2

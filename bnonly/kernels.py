@@ -6,7 +6,8 @@
 __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACKWARD', 'PLANES', 'ENTRIES', 'INPUTS', 'OUTPUTS',
            'PRODUCTS', 'WINOGRAD', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain', 'processor',
            'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act', 'transformed', 'tiled',
-           'convolve', 'input_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'few', 'accelerate', 'keep_memory']
+           'convolve', 'input_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'geometry', 'few', 'accelerate',
+           'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
 import ctypes, hashlib, os, platform, shlex, shutil, subprocess, sys, tempfile
@@ -503,8 +504,8 @@ class BNAct(torch.autograd.Function):
         masked = later and relu and residual is not None and any(ctx.needs_input_grad)
         mask = torch.empty((x.numel()+15)//16*2, dtype=torch.uint8) if masked else None
         own.forward(x.data_ptr(), _ptr(residual), y.data_ptr(), _ptr(mask), _ptr(weight), _ptr(bias), _ptr(running_mean),
-                _ptr(running_var), stats.data_ptr(), stats[1].data_ptr(), M, C, training, momentum, eps, relu,
-                torch.get_num_threads())
+                    _ptr(running_var), stats.data_ptr(), stats[1].data_ptr(), M, C, training, momentum, eps, relu,
+                    torch.get_num_threads())
         ctx.save_for_backward(x, mask, weight, bias, stats)
         ctx.flags = M, C, training, relu, own.backward
         return y
@@ -628,8 +629,8 @@ class FewEntries(torch.autograd.Function):
         if geometry: images, size, out, K, stride, pad = len(x), x.shape[2:], g.shape[2:], weight.shape[-1], geometry[0][0], geometry[1][0]
         else: images, size, out, K, stride, pad = 1, (1, len(x)), (1, len(x)), 1, 1, 0   # one image of as many pixels as inputs
         dv = torch.empty(len(index))
-        kernels()[x.dtype].entries(x.data_ptr(), g.data_ptr(), index.data_ptr(), dv.data_ptr(), len(index), images, *size, x.shape[1],
-                              *out, g.shape[1], K, stride, pad, torch.get_num_threads())
+        kernels()[x.dtype].entries(x.data_ptr(), g.data_ptr(), index.data_ptr(), dv.data_ptr(), len(index), images, *size,
+                                      x.shape[1], *out, g.shape[1], K, stride, pad, torch.get_num_threads())
         return dx, dv, *[None]*7
 
 # %% ../nbs/03_kernels.ipynb #bc2b8b9c
@@ -663,12 +664,16 @@ def _low(m, weight, dtype, copy=False):   # the frozen weight of a layer, rounde
 
 def _bias(m, dtype): return None if m.bias is None else m.bias.to(dtype)
 
+def geometry(m) -> tuple:   # stride, padding, dilation, groups
+    "How a convolution goes over its input."
+    return m.stride, m.padding, m.dilation, m.groups
+
 def _conv_forward(m, dtype, x):
     "The forward pass of a convolution."
     trains = m.weight.requires_grad or m.bias is not None and m.bias.requires_grad
     if trains and not torch.is_autocast_enabled("cpu"): return nn.Conv2d.forward(m, x)
     weight = m.weight.to(dtype) if m.weight.requires_grad else _low(m, m.weight, dtype)
-    how = weight, _bias(m, dtype), m.stride, m.padding, m.dilation, m.groups
+    how = weight, _bias(m, dtype), *geometry(m)
     return LeanConv.apply(x.to(dtype), *how) if trains or x.requires_grad else convolve(x.to(dtype), *how)
 
 def _linear_forward(m, dtype, x):
@@ -682,7 +687,7 @@ def _few_forward(m, dtype, x):
     weight, now = _low(m, entries.base, dtype, copy=True), values.detach().to(dtype)
     if not torch.equal(weight.take(entries.index), now): weight.put_(entries.index, now)   # a fused optimizer raises no version
     if isinstance(m, nn.Linear): return FewEntries.apply(x.to(dtype).contiguous(), values, weight, entries.index, _bias(m, dtype))
-    return FewEntries.apply(_channels_last(x, dtype), values, weight, entries.index, _bias(m, dtype), m.stride, m.padding, m.dilation, m.groups)
+    return FewEntries.apply(_channels_last(x, dtype), values, weight, entries.index, _bias(m, dtype), *geometry(m))
 
 # %% ../nbs/03_kernels.ipynb #e1b1ba9e
 def few(m) -> bool:
@@ -709,7 +714,7 @@ def accelerate(model:nn.Module,      # frozen by its policy, channels-last, on i
         if few(m) and dtype in kernels(): m.forward = partial(_few_forward, m, dtype)
         frozen = not any(p.requires_grad for p in m.parameters())
         if type(m) is nn.Conv2d and m.padding_mode == "zeros" and not isinstance(m.padding, str):
-            if frozen or tiled(dtype, m.weight, m.stride, m.padding, m.dilation, m.groups): m.forward = partial(_conv_forward, m, dtype)
+            if frozen or tiled(dtype, m.weight, *geometry(m)): m.forward = partial(_conv_forward, m, dtype)
         if type(m) is nn.Linear and frozen: m.forward = partial(_linear_forward, m, dtype)
     return model
 
