@@ -530,7 +530,7 @@ def fits(x, residual, statistics, affine, training) -> bool:   # statistics: run
     if kernels() is None or x.dim() != 4 or x.device.type != "cpu" or x.dtype not in kernels(): return False
     if not x.is_contiguous(memory_format=torch.channels_last) or x.numel() <= x.shape[1]: return False
     if residual is not None and (residual.shape != x.shape or residual.device != x.device): return False
-    if statistics.count(None) == 1 or not training and None in statistics: return False
+    if (absent := sum(t is None for t in statistics)) == 1 or absent and not training: return False
     alike = lambda t: t.dtype == torch.float32 and t.device == x.device and t.is_contiguous() and t.shape == x.shape[1:2]
     return all(t is None or alike(t) for t in (*statistics, *affine))
 
