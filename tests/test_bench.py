@@ -72,3 +72,22 @@ def test_our_part_of_the_start_is_under_a_second():
                            env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout.split() for _ in range(2)]
     assert all(len(o) == 1 for o in done), done
     assert min(float(o[0]) for o in done) < 1
+
+
+LATER = """
+import sys, bnonly.train
+print(*(m for m in ("sklearn", "sklearn.metrics", "scipy.stats", "scipy.ndimage") if m in sys.modules))
+from fastai.data.transforms import TrainTestSplitter
+from fastai.metrics import F1Score, PearsonCorrCoef
+from fastai.torch_basics import ndimage, tensor
+import scipy.ndimage, scipy.stats, sklearn.metrics
+train, valid = TrainTestSplitter(test_size=.25)(list(range(8)))
+print(len(train), len(valid), *(f"{m.name}={m(tensor([1., 0., 1.]), tensor([1., 0., 1.])):.0f}" for m in (F1Score(), PearsonCorrCoef())))
+print(ndimage.zoom is scipy.ndimage.zoom, scipy.stats.norm.cdf(0), sklearn.metrics.f1_score([1], [1]))
+"""
+
+
+def test_statistics_are_imported_when_they_are_used():
+    "fastai's splitters and metrics find what training does without, and so does whoever imports it later."
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", LATER], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert done == ["", "6 2 f1_score=1 pearsonr=1", "True 0.5 1.0"]
