@@ -78,13 +78,20 @@ def draw_lines(ax, stats, lines, by="depth"):
 SAID = {10: [("all-beta", 90, "Section 1")], 100: [("all-beta", 90, "Section 1")], 784: [("all-beta", 99, "Section 1, of others"), ("gamma", 95, "Section 4")]}
 
 def missing(plan:list, table:pd.DataFrame, archs:list, lines) -> str:
-    "What a figure of some networks and lines has to do without."
-    own = [s for s in plan if s.arch in archs and (s.policy, s.norm, s.bn_init) in {l[:3] for l in lines}]
+    "What a figure of some networks and lines has to do without: how many runs, and which points have none."
+    label = {l[:3]: l.label for l in lines}
+    point = lambda s: (label.get((s.policy, s.norm, s.bn_init)), s.arch)
+    own, done = [s for s in plan if s.arch in archs and point(s)[0]], {Path(f).name for f in table.folder}
+    absent = [s for s in own if s.key not in done]
     if not own: return "this study plans none of these runs."
-    absent = [s for s in own if s.key not in {Path(f).name for f in table.folder}]
     if not absent: return "Every planned run of this figure is complete."
-    names = list(dict.fromkeys(f"{s.arch} {s.policy}" for s in absent))
-    return f"{len(absent)} planned runs of this figure are not measured: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}."
+    begun, named = {point(s) for s in own if s.key in done}, []
+    for l in label.values():
+        planned = list(dict.fromkeys(s.arch for s in own if point(s)[0] == l))
+        blank = [a for a in planned if (l, a) not in begun]
+        if blank: named.append(f"“{l}”" + (f" ({', '.join(blank)})" if blank != planned else ""))
+    what = f"none for {'; '.join(named)}" if named else "every point has at least one"
+    return f"{len(absent)} of {len(own)} planned runs of this figure are not measured; {what}."
 
 def depth_figure(table:pd.DataFrame,   # as `results` gives it
                  width:int,            # units in a hidden layer

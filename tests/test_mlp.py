@@ -197,8 +197,13 @@ def test_differences_of_differences():
 
 
 def test_figures_say_what_is_missing():
-    plan = [Spec(arch="mlp2-10", policy="gamma", bn_init="symmetric", data="mnist", seed=s) for s in (0, 1)]
+    plan = [Spec(arch=a, policy="gamma", bn_init="symmetric", data="mnist", seed=s) for a in ("mlp2-10", "mlp4-10") for s in (0, 1)]
+    plan += [Spec(arch="mlp2-10", norm="none", policy="all", data="mnist")]
     table = pd.DataFrame([dict(asdict(plan[0]), status="complete", accuracy=30., images="MNIST", folder=plan[0].key)])
-    words = lambda fig: " ".join(t.get_text() for t in fig.texts + [fig._supxlabel] if t)
-    assert "1 planned runs of this figure are not measured: mlp2-10 gamma" in words(mlp.depth_figure(table, 10, plan))
+    def words(plan):
+        fig = mlp.depth_figure(table, 10, plan)
+        return " ".join(" ".join(t.get_text() for t in fig.texts + [fig._supxlabel] if t).split())
+    assert "1 of 2 planned runs of this figure are not measured; every point has at least one." in words(plan[:2])
+    assert "4 of 5 planned runs of this figure are not measured; none for “All parameters, without BatchNorm”; “BatchNorm only” (mlp4-10)." in words(plan)
+    assert "Every planned run of this figure is complete." in words(plan[:1])
     assert "plans none of these runs" in " ".join(t.get_text() for t in mlp.depth_figure(table, 784).axes[0].texts)
