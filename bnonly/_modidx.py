@@ -273,6 +273,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'bnonly.experiment.claims': ('experiment.html#claims', 'bnonly/experiment.py'),
                                    'bnonly.experiment.here': ('experiment.html#here', 'bnonly/experiment.py'),
                                    'bnonly.experiment.history': ('experiment.html#history', 'bnonly/experiment.py'),
+                                   'bnonly.experiment.incomplete': ('experiment.html#incomplete', 'bnonly/experiment.py'),
                                    'bnonly.experiment.key': ('experiment.html#key', 'bnonly/experiment.py'),
                                    'bnonly.experiment.load_record': ('experiment.html#load_record', 'bnonly/experiment.py'),
                                    'bnonly.experiment.nearest': ('experiment.html#nearest', 'bnonly/experiment.py'),

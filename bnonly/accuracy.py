@@ -27,7 +27,7 @@ from matplotlib.ticker import FixedLocator
 from scipy.stats import linregress
 
 # %% ../nbs/07_accuracy.ipynb #0707d04e
-from .experiment import Spec, parse_arch, preset, results, runs_dir, summary, write
+from .experiment import Spec, incomplete, parse_arch, preset, results, runs_dir, summary, write
 
 # %% ../nbs/07_accuracy.ipynb #8f3a7030
 plt.style.use(files("bnonly")/"bnonly.mplstyle")
@@ -348,19 +348,19 @@ def gaps(plan:list,            # of specs, as `preset` gives it
          families:tuple        # the names of the figure's panels
         ) -> list[str]:        # sentences, one a kind of gap
     "What a figure has to do without."
-    done = set(table[table.status == "complete"].folder.map(lambda f: Path(f).name))
+    absent = {s.key for s in incomplete(plan, table)}
     wanted = plain(pd.DataFrame([dict(asdict(s), key=s.key) for s in plan], columns=[*Spec.__dataclass_fields__, "key"]), free=("bn_init",))
     archs = {a: {p for p,*_ in family(a)} & set(families) for a in sorted(set(wanted.arch), key=lambda a: parse_arch(a)[::-1])}
-    absent = {"planned and not measured yet": {}, "not in this study": {}}
+    told = {"planned and not measured yet": {}, "not in this study": {}}
     for line in lines:
         own = wanted[(wanted.policy == line.policy) & (wanted.bn_init == line.bn_init)]
         for arch in (a for a,where in archs.items() if where):
             keys = own[own.arch == arch].key
-            left, kind = sum(k not in done for k in keys), list(absent)[0 if len(keys) else 1]
-            if len(keys) == 0 or left: absent[kind].setdefault(line, []).append(f"{arch} ({left} of {len(keys)} seeds)" if left < len(keys) else arch)
+            left, kind = sum(k in absent for k in keys), list(told)[0 if len(keys) else 1]
+            if len(keys) == 0 or left: told[kind].setdefault(line, []).append(f"{arch} ({left} of {len(keys)} seeds)" if left < len(keys) else arch)
     without = [f for f in dict.fromkeys(families) if not any(f in where for where in archs.values())]
-    told = [f"{kind}: {'; '.join(_named(*o) for o in found.items())}" for kind,found in absent.items() if found]
-    return told + ([f"no network of the family: {', '.join(without)}"] if without else [])
+    lacks = [f"{kind}: {'; '.join(_named(*o) for o in found.items())}" for kind,found in told.items() if found]
+    return lacks + ([f"no network of the family: {', '.join(without)}"] if without else [])
 
 def _named(line, archs):
     return f"{line.policy}{'' if line.bn_init == 'uniform' else f' ({line.bn_init})'} of {', '.join(archs)}"
@@ -567,7 +567,7 @@ def small_runs(table:pd.DataFrame   # as `results` gives it
 def fig10(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     "Training only BatchNorm beside small networks that train in full (the paper's Figure 10)."
     stats, small, missing = budgets(table), small_runs(table), gaps(plan, table, ONLY_BN.lines, GROWING)
-    left = [s.arch for s in plan if parse_arch(s.arch).width < 1 and s.key not in {Path(f).name for f in table.folder}]
+    left = [s.arch for s in incomplete(plan, table) if parse_arch(s.arch).width < 1]
     if left: missing.append(f"planned and not measured yet: {', '.join(dict.fromkeys(left))}")
     elif not len(small): missing.append("no small network in this study")
     if not len(stats) and not len(small): return empty("BatchNorm beside small networks", *missing)

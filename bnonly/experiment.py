@@ -7,7 +7,7 @@ __all__ = ['IMAGENET_DEPTHS', 'VGG_DEPTHS', 'EFFICIENTNETS', 'ARCHS', 'ALONE', '
            'SCHEDULES', 'NORMS', 'ACTS', 'BEAT', 'STALE', 'nearest', 'choose', 'Arch', 'parse_arch', 'parse_policy',
            'Spec', 'check_spec', 'parameters', 'key', 'stream', 'root', 'runs_dir', 'run_dir', 'write', 'unwritable',
            'seal', 'BrokenRecord', 'load_record', 'claims', 'here', 'running', 'owner', 'void', 'Claim', 'records',
-           'results', 'history', 'summary', 'presets', 'preset']
+           'results', 'history', 'summary', 'presets', 'preset', 'incomplete']
 
 # %% ../nbs/00_experiment.ipynb #b2f6664a
 import _thread, ast, hashlib, json, os, platform, re, tempfile, threading, time, warnings
@@ -441,3 +441,11 @@ def _points(grid):
     names = [f.name for f in fields(Spec)]
     for k in grid: choose("field", k, names)
     return (dict(zip(grid, p)) for p in product(*([v.strip() for v in vs.split(",")] for vs in grid.values())))
+
+# %% ../nbs/00_experiment.ipynb #ff7ce322
+def incomplete(plan:list[Spec],      # as `preset` gives it
+               table:pd.DataFrame    # as `results` gives it
+              ) -> list[Spec]:
+    "What of a plan has no complete record."
+    done = {Path(f).name for f in table[table.status == "complete"].folder}
+    return [s for s in plan if s.key not in done]

@@ -7,7 +7,6 @@ __all__ = ['DEPTHS', 'WIDTHS', 'LINES', 'SAID', 'OPEN', 'mlps', 'sizes', 'Line',
            'depth_figure', 'table_of', 'width_figure']
 
 # %% ../nbs/10_mlp.ipynb #f2839f03
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -15,7 +14,7 @@ import pandas as pd
 
 # %% ../nbs/10_mlp.ipynb #2f4ad09e
 from .accuracy import empty, footnote, save
-from .experiment import Spec, parse_arch, preset, results, summary
+from .experiment import Spec, incomplete, parse_arch, preset, results, summary
 
 # %% ../nbs/10_mlp.ipynb #89fb505b
 DEPTHS, WIDTHS = range(2, 15, 2), (10, 20, 40, 80, 100, 400, 784)   # hidden layers, and units in each (Section 1)
@@ -70,10 +69,11 @@ def draw_lines(ax, stats, lines, by="depth"):
     "Accuracy against depth or width, a line for each set of numbers that may move."
     for i,line in enumerate(lines):
         own = stats[stats.line == i]
-        if len(own): ax.errorbar(own[by], own["mean"], own.sd.fillna(0), fmt="o-", capsize=3, color=line.color, label=line.label)
+        if len(own): ax.errorbar(own[by], own["mean"], own.sd, fmt="o-", capsize=3, color=line.color, label=line.label)
     ax.axhline(10, color="gray", ls=":", label="Chance")
     ax.set(ylim=(0, 101), ylabel="Test Accuracy (%)")
-    ax.set_title(f"mean ± one standard deviation, {note(stats)}", loc="right", fontsize=6.5, color="gray")
+    spread = "mean ± one standard deviation" if stats.n.max() > 1 else "a run each"
+    ax.set_title(f"{spread}, {note(stats)}", loc="right", fontsize=6.5, color="gray")
 
 SAID = {10: [("all-beta", 90, "Section 1")], 100: [("all-beta", 90, "Section 1")], 784: [("all-beta", 99, "Section 1, of others"), ("gamma", 95, "Section 4")]}
 
@@ -81,11 +81,12 @@ def missing(plan:list, table:pd.DataFrame, archs:list, lines) -> str:
     "What a figure of some networks and lines has to do without: how many runs, and which points have none."
     label = {l[:3]: l.label for l in lines}
     point = lambda s: (label.get((s.policy, s.norm, s.bn_init)), s.arch)
-    own, done = [s for s in plan if s.arch in archs and point(s)[0]], {Path(f).name for f in table.folder}
-    absent = [s for s in own if s.key not in done]
+    own = [s for s in plan if s.arch in archs and point(s)[0]]
+    absent = incomplete(own, table)
+    if not plan: return ""
     if not own: return "this study plans none of these runs."
     if not absent: return "Every planned run of this figure is complete."
-    begun, named = {point(s) for s in own if s.key in done}, []
+    begun, named = {point(s) for s in own if s not in absent}, []
     for l in label.values():
         planned = list(dict.fromkeys(s.arch for s in own if point(s)[0] == l))
         blank = [a for a in planned if (l, a) not in begun]

@@ -17,7 +17,7 @@ import pandas as pd
 
 # %% ../nbs/11_regularization.ipynb #505968eb
 from .accuracy import empty, footnote, save, save_table
-from .experiment import Spec, history, load_record, parse_arch, preset, results, run_dir, write
+from .experiment import Spec, history, incomplete, load_record, parse_arch, preset, results, run_dir, write
 
 # %% ../nbs/11_regularization.ipynb #6dd8b915
 def at_start(norm:str,             # batch, none, fixup, single, ...
@@ -218,8 +218,10 @@ def lacking(plan:list, table:pd.DataFrame) -> list:   # of one sentence, or none
     "Which runs of the plan are not measured."
     keys = {Spec(**{f: r[f] for f in Spec.__dataclass_fields__}) for r in table.drop_duplicates([*Spec.__dataclass_fields__])[[*Spec.__dataclass_fields__]].to_dict("records")}
     absent = [s for s in plan if s not in keys]
-    names = list(dict.fromkeys(method(s.__dict__)[0] for s in absent))
-    return [f"{len(absent)} of {len(plan)} planned runs are not measured: {', '.join(names)}"] if absent else []
+    begun = {method(s.__dict__)[0] for s in plan if s in keys}
+    names = [n for n in dict.fromkeys(method(s.__dict__)[0] for s in absent) if n not in begun]
+    what = f"none of {', '.join(names)}" if names else "every method has at least one"
+    return [f"{len(absent)} of {len(plan)} planned runs are not measured; {what}"] if absent else []
 
 # %% ../nbs/11_regularization.ipynb #fd6455db
 def fig3(table:pd.DataFrame,   # as `results` gives it
@@ -242,7 +244,7 @@ def fig3(table:pd.DataFrame,   # as `results` gives it
 def _strengths(ax, stats, kinds, label):
     for name,(short,color) in kinds.items():
         own = stats[stats.method == name].sort_values("strength")
-        if len(own): ax.errorbar(own.strength, own["mean"], own.sd.fillna(0), fmt="o-", capsize=3, color=color, label=short)
+        if len(own): ax.errorbar(own.strength, own["mean"], own.sd, fmt="o-", capsize=3, color=color, label=short)
     for name in ("BatchNorm", "Fixup"):
         for r in stats[stats.method == name].itertuples():
             ax.axhline(r.mean, color=COLORS[name], ls="--", label=name)
