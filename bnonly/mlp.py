@@ -64,7 +64,7 @@ def note(stats) -> str:
     low, high = stats.n.min(), stats.n.max()
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
-# %% ../nbs/10_mlp.ipynb #ad94a564
+# %% ../nbs/10_mlp.ipynb #90e3b187
 def draw_lines(ax, stats, lines, by="depth"):
     "Accuracy against depth or width, a line for each set of numbers that may move."
     for i,line in enumerate(lines):
@@ -75,6 +75,7 @@ def draw_lines(ax, stats, lines, by="depth"):
     spread = "mean ± one standard deviation" if stats.n.max() > 1 else "a run each"
     ax.set_title(f"{spread}, {note(stats)}", loc="right", fontsize=6.5, color="gray")
 
+# %% ../nbs/10_mlp.ipynb #ad94a564
 SAID = {10: [("all-beta", 90, "Section 1")], 100: [("all-beta", 90, "Section 1")], 784: [("all-beta", 99, "Section 1, of others"), ("gamma", 95, "Section 4")]}
 
 def missing(plan:list, table:pd.DataFrame, archs:list, lines) -> str:
