@@ -144,7 +144,7 @@ def width_figure(table:pd.DataFrame, plan:list=(), depths=(2, 4, 8, 14)) -> plt.
 # %% ../nbs/10_mlp.ipynb #be93e2a0
 OPEN = (LINES[2], Line("bn", "batch", "symmetric", "BatchNorm with beta", "tab:pink"),
         Line("gamma", "affine", "symmetric", "gamma from U[-1, 1], no normalization", "tab:olive"),
-        Line("bn", "affine", "symmetric", "the same with beta", "tab:brown"),
+        Line("bn", "affine", "symmetric", "gamma from U[-1, 1] and beta, no normalization", "tab:brown"),
         Line("gamma", "affine", "ones", "gamma from 1, no normalization", "tab:orange"),
-        Line("bn", "affine", "ones", "beta and gamma from 1, no normalization", "tab:purple"),
+        Line("bn", "affine", "ones", "gamma from 1 and beta, no normalization", "tab:purple"),
         LINES[3], Line("scattered1", "none", "uniform", "Random weights, no normalization", "tab:gray"))
