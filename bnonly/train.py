@@ -41,12 +41,18 @@ def deferred(package:str, *names:str):   # e.g. 'fastai', 'scipy.stats'
     "What a package imports of some modules comes with its first use, functions included; nobody else's imports change."
     plain = builtins.__import__
     def imported(name, globals=None, locals=None, fromlist=(), level=0):
-        mine = name in names and name not in sys.modules and (globals or {}).get("__name__", "").startswith(f"{package}.")
-        if not mine: return plain(name, globals, locals, fromlist, level)
-        if fromlist: return SimpleNamespace(**{f: partial(later, name, f) for f in fromlist})
+        theirs = (globals or {}).get("__name__", "").startswith(f"{package}.")
+        put_off = {n for n in names if theirs and n not in sys.modules}
         above, _, last = name.rpartition(".")
-        vars(top := Later(above))[last] = Later(name)
-        return top
+        if name in put_off and fromlist:                                         # from a.b import f
+            return SimpleNamespace(**{f: partial(later, name, f) for f in fromlist})
+        if name in put_off:                                                      # import a.b as c
+            vars(top := Later(above))[last] = Later(name)
+            return top
+        parts = {f: f"{name}.{f}" for f in fromlist or ()}
+        if parts and {*parts.values()} <= put_off:                               # from a import b
+            return SimpleNamespace(**{f: Later(m) for f,m in parts.items()})
+        return plain(name, globals, locals, fromlist, level)
     builtins.__import__ = imported
     try: yield
     finally: builtins.__import__ = plain
@@ -54,7 +60,7 @@ def deferred(package:str, *names:str):   # e.g. 'fastai', 'scipy.stats'
 # %% ../nbs/04_train.ipynb #dbf7e7ee
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)   # fastai 2.8 still decorates with torch.jit.script, which torch 2.15 deprecates
-    with suppress(Exception), deferred("fastai", "sklearn.metrics", "sklearn.model_selection", "scipy.stats"):
+    with suppress(Exception), deferred("fastai", "sklearn.metrics", "sklearn.model_selection", "scipy.stats", "scipy.ndimage"):
         import fastai.basics   # a good part of what it brings is statistics, which no training uses
     from fastai.callback.core import (Callback, CancelBackwardException, CancelEpochException, CancelFitException,
                                       TrainEvalCallback)

@@ -76,16 +76,16 @@ def test_our_part_of_the_start_is_under_a_second():
 
 LATER = """
 import sys, bnonly.train
-print(*(m for m in ("sklearn", "scipy.stats") if m in sys.modules))
+print(*(m for m in ("sklearn", "scipy.stats", "scipy.ndimage") if m in sys.modules))
 import copy, pickle, fastai.metrics
 from fastai.data.transforms import TrainTestSplitter
 from fastai.metrics import F1Score, PearsonCorrCoef
-from fastai.torch_basics import tensor
+from fastai.torch_basics import ndimage, tensor
 later = fastai.metrics.skm
-import sklearn.metrics
+import scipy.ndimage, sklearn.metrics
 train, valid = TrainTestSplitter(test_size=.25)(list(range(8)))
 print(len(train), len(valid), *(f"{m.name}={m(tensor([1., 0., 1.]), tensor([1., 0., 1.])):.0f}" for m in (F1Score(), PearsonCorrCoef())))
-print(pickle.loads(pickle.dumps(later)) is copy.copy(later) is sklearn.metrics, later.f1_score is sklearn.metrics.f1_score, "f1_score" in dir(later))
+print(pickle.loads(pickle.dumps(later)) is copy.copy(later) is sklearn.metrics, later.f1_score is sklearn.metrics.f1_score, "f1_score" in dir(later), ndimage.zoom is scipy.ndimage.zoom)
 """
 
 OTHERS = """
@@ -98,7 +98,7 @@ print(norm.cdf(0), LogisticRegression.__name__, __import__ is sys.modules["built
 """
 
 
-@pytest.mark.parametrize("code,answer", [(LATER, ["", "6 2 f1_score=1 pearsonr=1", "True True True"]), (OTHERS, ["0.5 LogisticRegression True"])])
+@pytest.mark.parametrize("code,answer", [(LATER, ["", "6 2 f1_score=1 pearsonr=1", "True True True True"]), (OTHERS, ["0.5 LogisticRegression True"])])
 def test_statistics_are_imported_when_they_are_used(code, answer):
     "fastai's splitters and metrics find what training does without; for all others nothing changes."
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True).stdout.splitlines() == answer
