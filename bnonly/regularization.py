@@ -17,7 +17,7 @@ import pandas as pd
 
 # %% ../nbs/11_regularization.ipynb #505968eb
 from .accuracy import empty, footnote, save, save_table
-from .experiment import Spec, history, incomplete, load_record, parse_arch, preset, results, run_dir, write
+from .experiment import Spec, history, load_record, parse_arch, preset, results, run_dir, write
 
 # %% ../nbs/11_regularization.ipynb #6dd8b915
 def at_start(norm:str,             # batch, none, fixup, single, ...
