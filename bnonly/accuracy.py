@@ -15,7 +15,6 @@ __all__ = ['SCENE', 'DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL',
 import textwrap
 from dataclasses import asdict
 from importlib.resources import files
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
