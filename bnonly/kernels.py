@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACKWARD', 'PLANES', 'ENTRIES', 'INPUTS', 'OUTPUTS',
-           'PRODUCTS', 'WINOGRAD', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain', 'processor',
-           'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act', 'transformed', 'tiled',
-           'convolve', 'input_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'geometry', 'few', 'accelerate',
-           'keep_memory']
+           'PRODUCTS', 'WINOGRAD', 'PAIRS', 'WINOGRAD_GRADIENT', 'NARROW_PRODUCTS', 'NARROW', 'NARROW_PLACES',
+           'NARROW_GRADIENT', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain', 'processor',
+           'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act', 'transformed', 'way',
+           'convolve', 'input_gradient', 'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'geometry', 'few',
+           'accelerate', 'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
 import ctypes, hashlib, os, platform, shlex, shutil, subprocess, sys, tempfile
@@ -297,21 +298,26 @@ template <class T> void entries(const T* x, const T* dy, const int64_t* index, f
 
 # %% ../nbs/03_kernels.ipynb #da595b06
 INPUTS = r'''
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)      // until the end of WINOGRAD; where there is AMX, oneDNN uses it
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)      // until the end of NARROW_GRADIENT; where there is AMX, oneDNN uses it
 inline void input_transform(const V* d, V* v) { v[0] = d[0] - d[2]; v[1] = d[1] + d[2]; v[2] = d[2] - d[1]; v[3] = d[1] - d[3]; }
 inline void output_transform(const V* m, V* y) { y[0] = m[0] + m[1] + m[2]; y[1] = m[1] - m[2] - m[3]; }
+
+// N rows of x [H, W, C] from row i, down the columns: four sums for each number, `length` apart.
+template <int N, class F> void columns(const bf16* x, const bf16* zeros, long i, long H, long W, long C, float* line, long length, F f) {
+    const bf16* rows[N];
+    for (int k = 0; k < N; k++) rows[k] = i + k < 0 || i + k >= H ? zeros : x + (i + k) * W * C;
+    for (long e = 0; e < W * C; e += 16) {
+        V d[N], s[4];
+        for (int k = 0; k < N; k++) load(rows[k] + e, d[k]);
+        f(d, s);
+        for (int k = 0; k < 4; k++) store(line + k * length + e, s[k]);
+    }
+}
 
 // x [H, W, C]: the tiles with first row i; v: their 16 planes, `stride` numbers apart.
 static void input_row(const bf16* x, const bf16* zeros, long i, long H, long W, long C, float* line, bf16* v, long stride) {
     long w = (W + 1) / 2, length = (2 * w + 2) * C;
-    const bf16* rows[4];
-    for (int k = 0; k < 4; k++) rows[k] = i + k < 0 || i + k >= H ? zeros : x + (i + k) * W * C;
-    for (long e = 0; e < W * C; e += 16) {
-        V d[4], s[4];
-        for (int k = 0; k < 4; k++) load(rows[k] + e, d[k]);
-        input_transform(d, s);
-        for (int k = 0; k < 4; k++) store(line + k * length + C + e, s[k]);
-    }
+    columns<4>(x, zeros, i, H, W, C, line + C, length, input_transform);
     for (long j = 0; j < w; j++, line += 2 * C)
         for (long c = 0; c < C; c += 16, v += 16)
             for (int k = 0; k < 4; k++) {
@@ -371,7 +377,7 @@ template <int R, int N> void multiply(const bf16* v, const bf16* u, float* m, lo
 WINOGRAD = r'''
 // x [B, H, W, C]; u [O / K][16][C / 2][K][2] with K = 16 N; y [B, H, W, O].
 template <int R, int N> void winograd(const bf16* x, const bf16* u, const bf16* bias, bf16* y, long B, long H, long W, long C, long O, int threads) {
-    long h = (H + 1) / 2, w = (W + 1) / 2, rows = std::max(1L, 32 / w), tiles = (rows * w + R - 1) / R * R, K = 16 * N;
+    long h = (H + 1) / 2, w = (W + 1) / 2, rows = std::max(1L, 16 / w), tiles = (rows * w + R - 1) / R * R, K = 16 * N;
     long v_stride = tiles * C + 32, m_stride = tiles * K + 16;   // from one plane to the next
     #pragma omp parallel num_threads(threads)
     {
@@ -393,6 +399,205 @@ template <int R, int N> void winograd(const bf16* x, const bf16* u, const bf16* 
 }
 extern "C" void winograd_bfloat16(const bf16* x, const bf16* u, const bf16* bias, bf16* y, long B, long H, long W, long C, long O, int threads) {
     (O % 64 ? winograd<8, 2> : winograd<4, 4>)(x, u, bias, y, B, H, W, C, O, threads);
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #600c4a11
+PAIRS = r'''
+typedef __m512i I;
+static const struct Orders {                               // of the numbers of two registers
+    I even, odd, low, high, zip;
+    Orders() {
+        int e[16], o[16], l[16], h[16]; short z[32];
+        for (int i = 0; i < 16; i++) { e[i] = 2 * i; o[i] = 2 * i + 1; l[i] = i / 2 + i % 2 * 16; h[i] = l[i] + 8; }
+        for (int i = 0; i < 32; i++) z[i] = i / 2 + i % 2 * 16;
+        even = _mm512_loadu_si512(e); odd = _mm512_loadu_si512(o); low = _mm512_loadu_si512(l); high = _mm512_loadu_si512(h);
+        zip = _mm512_loadu_si512(z);
+    }
+} ORDERS;
+inline I zip(I both) { return _mm512_permutexvar_epi16(ORDERS.zip, both); }        // a0..a15 b0..b15 to a0 b0 a1 b1 ...
+inline I round_pair(V a, V b) { return (I)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+
+inline void gradient_transform(const V* y, V* m) { m[0] = y[0]; m[1] = y[0] + y[1]; m[2] = y[0] - y[1]; m[3] = -y[1]; }
+
+// The tiles of a line of columns, w of them with N numbers across; v [w / 2][C]: their 16 planes in pairs of tiles.
+template <int N, class F> void tile_pairs(const float* line, long length, long w, long C, int* v, long stride, F f) {
+    for (long j = 0; j < w; j += 2, line += 4 * C)
+        for (long c = 0; c < C; c += 16, v += 16)
+            for (int k = 0; k < 4; k++) {
+                V d[N], s[4], t[4];
+                for (int l = 0; l < N; l++) load(line + k * length + l * C + c, d[l]);
+                f(d, s);
+                for (int l = 0; l < N; l++) load(line + k * length + (l + 2) * C + c, d[l]);
+                f(d, t);
+                for (int l = 0; l < 4; l++) _mm512_storeu_si512(v + (k * 4 + l) * stride, zip(round_pair(s[l], t[l])));
+            }
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #9503a7ac
+WINOGRAD_GRADIENT = r'''
+// out [8][32] += v [n][C] times m [n][O], over n pairs
+__attribute__((noinline)) static void add_products(const int* v, const int* m, float* out, long n, long C, long O) {
+    __m512 sum[8][2];
+    #pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) for (int k = 0; k < 2; k++) sum[r][k] = _mm512_loadu_ps(out + r * O + k * 16);
+    for (; n; n--, v += C, m += O) {
+        __m512bh a = (__m512bh)_mm512_loadu_si512(m), b = (__m512bh)_mm512_loadu_si512(m + 16);
+        #pragma GCC unroll 8
+        for (int r = 0; r < 8; r++) {
+            __m512bh w = (__m512bh)_mm512_set1_epi32(v[r]);
+            sum[r][0] = _mm512_dpbf16_ps(sum[r][0], w, a); sum[r][1] = _mm512_dpbf16_ps(sum[r][1], w, b);
+        }
+    }
+    #pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) for (int k = 0; k < 2; k++) _mm512_storeu_ps(out + r * O + k * 16, sum[r][k]);
+}
+
+// x [B, H, W, C]; dy [B, H, W, O]; out [16, C, O], before G. A block of rows of tiles: its planes, then their products.
+extern "C" void winograd_gradient_bfloat16(const bf16* x, const bf16* dy, float* out, long B, long H, long W, long C, long O, int threads) {
+    long h = (H + 1) / 2, w = (W + 3) / 4 * 2, rows = std::max(1L, 256 / w), n = rows * w / 2, length = 2 * w + 2, widest = std::max(C, O);
+    long v_stride = n * C + 16, m_stride = n * O + 16;
+    std::vector<int> v(16 * v_stride), m(16 * m_stride);
+    std::fill(out, out + 16 * C * O, 0.f);
+    #pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> reads(4 * length * C), writes(4 * length * O);
+        std::vector<bf16> zeros(W * widest);
+        for (long first = 0; first < B * h; first += rows) {
+            long last = std::min(first + rows, B * h);
+            #pragma omp for schedule(static)
+            for (long g = first; g < last; g++) {
+                long b = g / h, i = g % h * 2, at = (g - first) * w / 2;
+                columns<4>(x + b * H * W * C, zeros.data(), i - 1, H, W, C, &reads[C], length * C, input_transform);
+                tile_pairs<4>(reads.data(), length * C, w, C, &v[at * C], v_stride, input_transform);
+                columns<2>(dy + b * H * W * O, zeros.data(), i, H, W, O, &writes[0], length * O, gradient_transform);
+                tile_pairs<2>(writes.data(), length * O, w, O, &m[at * O], m_stride, gradient_transform);
+            }
+            #pragma omp for collapse(2) schedule(static)
+            for (int p = 0; p < 16; p++) for (long o = 0; o < O; o += 32) for (long c = 0; c < C; c += 8)
+                add_products(&v[p * v_stride + c], &m[p * m_stride + o], out + (p * C + c) * O + o, (last - first) * w / 2, C, O);
+        }
+    }
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #0e5d81be
+NARROW_PRODUCTS = r'''
+// 16 pixels of 16 channels: a register for two pixels, or one for two channels
+inline void step(I* r, I a, I b, int apart) {
+    #pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) if (!(i & apart)) {
+        I x = r[i], y = r[i + apart];
+        r[i] = _mm512_permutex2var_epi32(x, a, y); r[i + apart] = _mm512_permutex2var_epi32(x, b, y);
+    }
+}
+inline void to_channels(I* r) { for (int k = 1; k < 8; k *= 2) step(r, ORDERS.even, ORDERS.odd, k); }
+inline void to_pixels(I* r) { for (int k = 4; k; k /= 2) step(r, ORDERS.low, ORDERS.high, k); }
+
+// y: 8 channels of 32 pixels; rows: three of the image, [8 pairs of channels][stride]; u [3][3][8 pairs][8 channels]
+__attribute__((noinline)) static void narrow_products(const int* const* rows, long stride, const int* u, I* y) {
+    __m512 left[8] = {}, right[8] = {};
+    for (int s = 0; s < 3; s++) for (int k = 0; k < 3; k++) {
+        const int* x = rows[s] + k;
+        for (int c = 0; c < 8; c++, x += stride, u += 8) {
+            __m512bh l = (__m512bh)_mm512_loadu_si512(x), r = (__m512bh)_mm512_loadu_si512(x + 16);
+            #pragma GCC unroll 8
+            for (int o = 0; o < 8; o++) {
+                __m512bh w = (__m512bh)_mm512_set1_epi32(u[o]);
+                left[o] = _mm512_dpbf16_ps(left[o], l, w); right[o] = _mm512_dpbf16_ps(right[o], r, w);
+            }
+        }
+    }
+    #pragma GCC unroll 4
+    for (int o = 0; o < 8; o += 2) {
+        y[o / 2] = zip(round_pair((V)left[o], (V)left[o + 1])); y[o / 2 + 8] = zip(round_pair((V)right[o], (V)right[o + 1]));
+    }
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #9ecce05a
+NARROW = r'''
+// x, y [B, H, W, 16], W a multiple of 32; u [2][3][3][8 pairs][8].
+extern "C" void narrow_bfloat16(const bf16* x, const int* u, bf16* y, long B, long H, long W, int threads) {
+    long stride = W + 16, size = 8 * stride;
+    #pragma omp parallel num_threads(threads)
+    {
+        std::vector<int> lines(3 * size), zeros(size);      // a line begins with the zero left of the image
+        auto line = [&](long h) { return h < 0 || h >= H ? zeros.data() : &lines[h % 3 * size]; };
+        #pragma omp for schedule(static)
+        for (long b = 0; b < B; b++) for (long h = 0; h <= H; h++) {
+            I r[16];
+            if (h < H) for (long w = 0; w < W; w += 16) {
+                for (int i = 0; i < 8; i++) r[i] = _mm512_loadu_si512(x + ((b * H + h) * W + w + 2 * i) * 16);
+                to_channels(r);
+                for (int i = 0; i < 8; i++) _mm512_storeu_si512(line(h) + i * stride + w + 1, r[i]);
+            }
+            if (h > 0) for (long w = 0; w < W; w += 32) {
+                const int* rows[3] = {line(h - 2) + w, line(h - 1) + w, line(h) + w};
+                for (int o = 0; o < 2; o++) narrow_products(rows, stride, u + o * 9 * 64, r + 4 * o);
+                to_pixels(r); to_pixels(r + 8);
+                for (int i = 0; i < 16; i++) _mm512_storeu_si512(y + ((b * H + h - 1) * W + w + 2 * i) * 16, r[i]);
+            }
+        }
+    }
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #53ac9b53
+NARROW_PLACES = r'''
+// sums [3 places][8 o][16 c] += rows of x [W + 1][16] and of dy [W / 2][16], in pairs of pixels
+__attribute__((noinline)) static void add_places(const int* x, const int* dy, long H, long W, float* sums) {
+    __m512 sum[3][8];
+    #pragma GCC unroll 3
+    for (int k = 0; k < 3; k++)
+        #pragma GCC unroll 8
+        for (int o = 0; o < 8; o++) sum[k][o] = _mm512_loadu_ps(sums + (k * 8 + o) * 16);
+    for (long h = 0; h < H; h++, x += 16) for (long w = 0; w < W; w += 2, x += 32, dy += 16) {
+        __m512bh a = (__m512bh)_mm512_loadu_si512(x), b = (__m512bh)_mm512_loadu_si512(x + 16), c = (__m512bh)_mm512_loadu_si512(x + 32);
+        #pragma GCC unroll 8
+        for (int o = 0; o < 8; o++) {
+            __m512bh g = (__m512bh)_mm512_set1_epi32(dy[o]);
+            sum[0][o] = _mm512_dpbf16_ps(sum[0][o], a, g);
+            sum[1][o] = _mm512_dpbf16_ps(sum[1][o], b, g);
+            sum[2][o] = _mm512_dpbf16_ps(sum[2][o], c, g);
+        }
+    }
+    #pragma GCC unroll 3
+    for (int k = 0; k < 3; k++)
+        #pragma GCC unroll 8
+        for (int o = 0; o < 8; o++) _mm512_storeu_ps(sums + (k * 8 + o) * 16, sum[k][o]);
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #c420a025
+NARROW_GRADIENT = r'''
+inline void store_pairs(int* to, const bf16* p, long n) { for (long i = 0; i < n; i++) _mm512_storeu_si512(to + i * 16, zip(_mm512_loadu_si512(p + i * 32))); }
+
+// x, dy [B, H, W, 16], W even; out [16, 16, 3, 3].
+extern "C" void narrow_gradient_bfloat16(const bf16* x, const bf16* dy, float* out, long B, long H, long W, int threads) {
+    long row = (W + 1) * 16, step = 4, chunks = (B + step - 1) / step, n = 9 * 16 * 16;
+    std::vector<float> part(chunks * n);                    // [2][3][3][8 o][16 c] for each chunk of images
+    #pragma omp parallel num_threads(threads)
+    {
+        std::vector<bf16> line((W + 2) * 16);
+        std::vector<int> reads((H + 2) * row), writes(H * W * 8);
+        #pragma omp for schedule(static)
+        for (long c = 0; c < chunks; c++) for (long b = c * step; b < std::min(B, (c + 1) * step); b++) {
+            for (long h = 0; h < H; h++) {
+                memcpy(&line[16], x + (b * H + h) * W * 16, W * 32);
+                for (long w = 0; w <= W; w++) store_pairs(&reads[(h + 1) * row + w * 16], &line[w * 16], 1);
+            }
+            store_pairs(&writes[0], dy + b * H * W * 16, H * W / 2);
+            for (int o = 0; o < 2; o++) for (int s = 0; s < 3; s++)
+                add_places(&reads[s * row], &writes[o * 8], H, W, &part[c * n + (o * 3 + s) * 3 * 8 * 16]);
+        }
+    }
+    for (long i = 0; i < n; i++) {
+        double sum = 0;
+        for (long c = 0; c < chunks; c++) sum += part[c * n + i];
+        out[((i / (n / 2) * 8 + i / 16 % 8) * 16 + i % 16) * 9 + i / 128 % 9] = sum;
+    }
 }
 #endif
 '''
@@ -434,7 +639,8 @@ EXPORT(bf16, bfloat16)
 '''
 
 # %% ../nbs/03_kernels.ipynb #31f18920
-SOURCE = "".join([NUMBERS, RELU, PLAN, STATISTICS, FORWARD, GRADIENT, BACKWARD, PLANES, ENTRIES, INPUTS, OUTPUTS, PRODUCTS, WINOGRAD, EXPORTS])
+SOURCE = "".join([NUMBERS, RELU, PLAN, STATISTICS, FORWARD, GRADIENT, BACKWARD, PLANES, ENTRIES, INPUTS, OUTPUTS, PRODUCTS, WINOGRAD,
+                  PAIRS, WINOGRAD_GRADIENT, NARROW_PRODUCTS, NARROW, NARROW_PLACES, NARROW_GRADIENT, EXPORTS])
 
 # %% ../nbs/03_kernels.ipynb #46460e3f
 def processor() -> str:
@@ -461,14 +667,18 @@ def compile_library(source:str, compiler:str) -> Path:
 
 # %% ../nbs/03_kernels.ipynb #2fe67a2d
 P, L, I, D = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_double
-ARGUMENTS = dict(forward=[P]*10 + [L, L, I, D, D, I, I], backward=[P]*11 + [L, L, I, I, I], entries=[P]*4 + [L]*11 + [I], winograd=[P]*4 + [L]*5 + [I])
+ARGUMENTS = dict(forward=[P]*10 + [L, L, I, D, D, I, I], backward=[P]*11 + [L, L, I, I, I], entries=[P]*4 + [L]*11 + [I], winograd=[P]*4 + [L]*5 + [I],
+                 winograd_gradient=[P]*3 + [L]*5 + [I], narrow=[P]*3 + [L]*3 + [I], narrow_gradient=[P]*3 + [L]*3 + [I])
 
 class Kernels(NamedTuple):
-    "The compiled functions for one kind of number; `winograd` only where the processor multiplies it so."
+    "The compiled functions for one kind of number; convolutions only where the processor multiplies it so."
     forward: object
     backward: object
     entries: object
     winograd: object = None
+    winograd_gradient: object = None
+    narrow: object = None
+    narrow_gradient: object = None
 
 def load_kernels() -> dict:   # dtype to Kernels
     "The compiled functions; raises where they cannot be built."
@@ -477,7 +687,7 @@ def load_kernels() -> dict:   # dtype to Kernels
     library, found = ctypes.CDLL(str(compile_library(SOURCE, compiler))), {}
     for dtype in (torch.float32, torch.bfloat16):
         names = {f: f"{f}_{str(dtype).split('.')[1]}" for f in ARGUMENTS}
-        own = {f: getattr(library, name) for f,name in names.items() if f != "winograd" or hasattr(library, name)}
+        own = {f: getattr(library, name) for f,name in names.items() if hasattr(library, name)}
         for f,function in own.items(): function.argtypes, function.restype = ARGUMENTS[f], None
         found[dtype] = Kernels(**own)
     return found
@@ -544,15 +754,17 @@ def bn_act(x, residual=None, weight=None, bias=None, running_mean=None, running_
 
 # %% ../nbs/03_kernels.ipynb #df925fc0
 _G = torch.tensor([[1, 0, 0], [.5, .5, .5], [.5, -.5, .5], [0, 0, 1]])
+_GG = torch.kron(_G, _G)   # [16, 9]
 
 def transformed(weight,      # bfloat16 [O, C, 3, 3]
                 back=False   # for the gradient of the input
-               ):            # pairs of bfloat16 in int32 [O/n, 16, C/2, n], n = 64 or 32; O and C change places for `back`
-    "$G w G^\\top$ in the order in which the kernel reads it."
+               ):            # pairs of bfloat16 in int32: [O/n, 16, C/2, n], n = 64 or 32; [2, 9, 8, 8] for 16 channels; O and C change places for `back`
+    "$G w G^\\top$, or the weight of 16 channels itself, in the order in which the kernel reads it."
     w = weight.detach()
     if back: w = w.flip(2, 3).transpose(0, 1)
     (O, C), n = w.shape[:2], 32 if w.shape[0] % 64 else 64
-    with torch.autocast("cpu", enabled=False): u = torch.kron(_G, _G).to(w.dtype) @ w.permute(2, 3, 0, 1).reshape(9, -1)
+    if O == 16: return w.permute(0, 2, 3, 1).contiguous().view(torch.int32).view(2, 8, 9, 8).permute(0, 2, 3, 1).contiguous()
+    with torch.autocast("cpu", enabled=False): u = _GG.to(w.dtype) @ w.permute(2, 3, 0, 1).reshape(9, -1)
     return u.view(torch.int32).view(16, O//n, n, C//2).permute(1, 0, 3, 2).contiguous()
 
 def _transformed(weight, back):   # kept with a frozen weight until it changes
@@ -561,28 +773,37 @@ def _transformed(weight, back):   # kept with a frozen weight until it changes
     if kept.get(back, (None,))[0] != weight._version: kept[back] = weight._version, transformed(weight, back)
     return kept[back][1]
 
-def tiled(dtype, weight, *geometry) -> bool:   # stride, padding, dilation, groups
-    "Whether a convolution goes by tiles on a CPU."
-    if not kernels() or dtype not in kernels() or not kernels()[dtype].winograd: return False
-    return geometry == ((1, 1), (1, 1), (1, 1), 1) and weight.shape[2:] == (3, 3) and not any(n%32 for n in weight.shape[:2])
+# %% ../nbs/03_kernels.ipynb #829fd375
+def way(dtype, weight, *geometry) -> str:   # stride, padding, dilation, groups
+    "How a convolution is computed on a CPU: in 'tiles', 'narrow' (where its images are a multiple of 32 wide), or by 'torch'."
+    own = (kernels() or {}).get(dtype)
+    if not own or not own.winograd or geometry != ((1, 1), (1, 1), (1, 1), 1) or weight.shape[2:] != (3, 3): return "torch"
+    channels = weight.shape[:2]
+    return "tiles" if not any(n%32 for n in channels) else "narrow" if channels == (16, 16) else "torch"
 
-def _winograd(x, weight, bias=None, back=False):
-    x, u, channels = _channels_last(x, x.dtype), _transformed(weight, back), weight.shape[int(back)]
+def _way(x, weight, bias, *geometry):   # of these images
+    sound = x.device.type == "cpu" and x.dim() == 4 and x.numel() and all(t is None or t.dtype == x.dtype for t in (weight, bias))
+    found = way(x.dtype, weight, *geometry) if sound else "torch"
+    return "torch" if found == "narrow" and (x.shape[3] % 32 or bias is not None) else found
+
+def _own(how, x, weight, bias=None, back=False):   # the convolution, or with `back` the gradient of its input
+    x, u, channels, own = _channels_last(x, x.dtype), _transformed(weight, back), weight.shape[int(back)], kernels()[x.dtype]
     y = torch.empty(len(x), channels, *x.shape[2:], dtype=x.dtype, memory_format=torch.channels_last)
-    kernels()[x.dtype].winograd(x.data_ptr(), u.data_ptr(), _ptr(bias), y.data_ptr(), len(x), *x.shape[2:], x.shape[1], channels,
-                                torch.get_num_threads())
+    where, size = (x.data_ptr(), u.data_ptr()), (len(x), *x.shape[2:])
+    if how == "narrow": own.narrow(*where, y.data_ptr(), *size, torch.get_num_threads())
+    else: own.winograd(*where, _ptr(bias), y.data_ptr(), *size, x.shape[1], channels, torch.get_num_threads())
     return y
 
 def convolve(x, weight, bias, *geometry):
-    "A convolution; what the kernel cannot take, PyTorch takes or objects to."
-    sound = x.dim() == 4 and x.numel() and x.shape[1] == weight.shape[1] and all(t is None or t.dtype == x.dtype for t in (weight, bias))
-    if sound and x.device.type == "cpu" and tiled(x.dtype, weight, *geometry): return _winograd(x, weight, bias)
-    return torch.conv2d(x, weight, bias, *geometry)
+    "A convolution; what the kernels cannot take, PyTorch takes or objects to."
+    how = _way(x, weight, bias, *geometry) if x.shape[1:2] == weight.shape[1:2] else "torch"
+    return torch.conv2d(x, weight, bias, *geometry) if how == "torch" else _own(how, x, weight, bias)
 
 # %% ../nbs/03_kernels.ipynb #71c1b6be
 def input_gradient(g, weight, shape, *geometry):
     "The gradient of a convolution's input [`shape`], for which the input itself is not needed."
-    if g.device.type == "cpu" and g.numel() and tiled(g.dtype, weight, *geometry): return _winograd(g, weight, back=True)
+    how = _way(g, weight, None, *geometry)
+    if how != "torch": return _own(how, g, weight, back=True)
     never_read = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
     return _gradients(g, never_read, weight, *geometry, of=0)
 
@@ -590,20 +811,31 @@ def _gradients(g, x, weight, stride, padding, dilation, groups, of):   # 0: of t
     return torch.ops.aten.convolution_backward(g, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
                                                [i == of for i in range(3)])[of]
 
+def weight_gradient(g, x, weight, *geometry):
+    "The gradient of a convolution's weight, in float32 where a kernel computes it."
+    how, (O, C) = _way(x, weight, None, *geometry), weight.shape[:2]
+    if how == "torch" or g.dtype != x.dtype: return _gradients(g, x, weight, *geometry, of=1)
+    x, g, own, out = _channels_last(x, x.dtype), _channels_last(g, x.dtype), kernels()[x.dtype], torch.empty(9 if how == "narrow" else 16, C*O)
+    where, size = (x.data_ptr(), g.data_ptr(), out.data_ptr()), (len(x), *x.shape[2:])
+    if how == "narrow": own.narrow_gradient(*where, *size, torch.get_num_threads())
+    else: own.winograd_gradient(*where, *size, C, O, torch.get_num_threads())
+    return out.view(O, C, 3, 3) if how == "narrow" else (_GG.T @ out).view(3, 3, C, O).permute(3, 2, 0, 1)
+
 class LeanConv(torch.autograd.Function):
     "A convolution that keeps its input only where its weight trains."
     @staticmethod
     def forward(ctx, x, weight, bias, *geometry):
-        ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
+        low = weight.to(x.dtype)   # float32 where it trains, and so is its gradient
+        ctx.save_for_backward(low, x if ctx.needs_input_grad[1] else None)
         ctx.shape, ctx.geometry = x.shape, geometry
-        return convolve(x, weight, bias, *geometry)
+        return convolve(x, low, bias, *geometry)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         (weight, x), (need_x, need_w, need_b) = ctx.saved_tensors, ctx.needs_input_grad[:3]
         return (input_gradient(g, weight, ctx.shape, *ctx.geometry) if need_x else None,
-                _gradients(g, x, weight, *ctx.geometry, of=1) if need_w else None,
+                weight_gradient(g, x, weight, *ctx.geometry) if need_w else None,
                 g.sum((0, 2, 3)) if need_b else None, *[None]*4)
 
 # %% ../nbs/03_kernels.ipynb #afe6d573
@@ -672,7 +904,7 @@ def _conv_forward(m, dtype, x):
     "The forward pass of a convolution."
     trains = m.weight.requires_grad or m.bias is not None and m.bias.requires_grad
     if trains and not torch.is_autocast_enabled("cpu"): return nn.Conv2d.forward(m, x)
-    weight = m.weight.to(dtype) if m.weight.requires_grad else _low(m, m.weight, dtype)
+    weight = m.weight if m.weight.requires_grad else _low(m, m.weight, dtype)
     how = weight, _bias(m, dtype), *geometry(m)
     return LeanConv.apply(x.to(dtype), *how) if trains or x.requires_grad else convolve(x.to(dtype), *how)
 
@@ -714,7 +946,7 @@ def accelerate(model:nn.Module,      # frozen by its policy, channels-last, on i
         if few(m) and dtype in kernels(): m.forward = partial(_few_forward, m, dtype)
         frozen = not any(p.requires_grad for p in m.parameters())
         if type(m) is nn.Conv2d and m.padding_mode == "zeros" and not isinstance(m.padding, str):
-            if frozen or tiled(dtype, m.weight, *geometry(m)): m.forward = partial(_conv_forward, m, dtype)
+            if frozen or way(dtype, m.weight, *geometry(m)) != "torch": m.forward = partial(_conv_forward, m, dtype)
         if type(m) is nn.Linear and frozen: m.forward = partial(_linear_forward, m, dtype)
     return model
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bnonly.data import load_data, loaders
 from bnonly.experiment import Spec
-from bnonly.kernels import LeanConv, LeanPool, accelerate, bn_act, bn_act_plain, compile_library, convolve, few, kernels, tiled
+from bnonly.kernels import LeanConv, LeanPool, accelerate, bn_act, bn_act_plain, compile_library, convolve, few, input_gradient, kernels, way, weight_gradient
 from bnonly.models import create_model
 from bnonly.policies import RandomEntries, freeze, trainable
 from bnonly.train import fit, loss_func, prepare, sgd
@@ -123,30 +123,33 @@ def tile_case(B, C, O, H, W):
     return [t.bfloat16().contiguous(**BIG) for t in (x, w, dy)] + [torch.randn(O, generator=g).bfloat16()]
 
 @needs_tiles
-@pytest.mark.parametrize("shape", [(3, 32, 32, 1, 1), (2, 32, 64, 5, 7), (9, 64, 32, 8, 8), (3, 96, 160, 9, 4), (1, 64, 128, 33, 56), (70, 32, 32, 2, 2)], ids=str)
-def test_winograds_tiles_against_float64(shape):
-    "Within four roundings to bfloat16 (0.0017 each); the weight's gradient is PyTorch's, to the bit."
+@pytest.mark.parametrize("shape", [(3, 32, 32, 1, 1), (2, 32, 64, 5, 7), (9, 64, 32, 8, 8), (3, 96, 160, 9, 4), (1, 64, 128, 33, 56), (70, 32, 32, 2, 2),
+                                   (3, 16, 16, 1, 32), (5, 16, 16, 32, 32), (2, 16, 16, 9, 96), (9, 16, 16, 2, 64)], ids=str)
+def test_convolutions_against_float64(shape):
+    "Within four roundings to bfloat16 (0.0017 each)."
     x, w, dy, bias = tile_case(*shape)
-    assert tiled(x.dtype, w, *SAME)
-    x.requires_grad_(), w.requires_grad_(), bias.requires_grad_()
-    got = LeanConv.apply(x, w, bias, *SAME)
-    got = got, *torch.autograd.grad(got, (x, w, bias), dy)
-    exact = [t.detach().double().requires_grad_() for t in (x, w, bias)]
-    want = torch.conv2d(*exact, 1, 1)
+    narrow = shape[1] == 16
+    assert way(x.dtype, w, *SAME) == ("narrow" if narrow else "tiles")
+    wanted = [t.requires_grad_() for t in ((x, w) if narrow else (x, w, bias))]
+    got = LeanConv.apply(*wanted, *[None]*narrow, *SAME)
+    got = got, *torch.autograd.grad(got, wanted, dy)
+    exact = [t.detach().double().requires_grad_() for t in wanted]
+    want = torch.conv2d(*exact, *[None]*narrow, 1, 1)
     want = want, *torch.autograd.grad(want, exact, dy.double())
     for a, b in zip(got, want): assert (a.double() - b).norm() < .007 * b.norm()
-    assert torch.equal(got[2], torch.autograd.grad(torch.conv2d(x, w, bias, 1, 1), w, dy)[0])
 
 @needs_tiles
-def test_tiles_depend_neither_on_threads_nor_on_other_images():
-    x, w, _, bias = tile_case(37, 64, 96, 6, 10)
+@pytest.mark.parametrize("shape", [(37, 64, 96, 6, 10), (37, 16, 16, 5, 32)], ids=str)
+def test_convolutions_depend_neither_on_threads_nor_on_other_images(shape):
+    x, w, dy, bias = tile_case(*shape)
+    bias = bias if shape[1] > 16 else None
     n, results = torch.get_num_threads(), []
-    for threads in (2, 1):
+    for threads in (3, 2, 1):
         torch.set_num_threads(threads)
-        results.append(convolve(x, w, bias, *SAME))
+        results.append((convolve(x, w, bias, *SAME), weight_gradient(dy, x, w, *SAME), input_gradient(dy, w, x.shape, *SAME)))
     torch.set_num_threads(n)
-    assert torch.equal(*results)
-    assert all(torch.equal(convolve(x[i:i+1], w, bias, *SAME), results[0][i:i+1]) for i in (0, 20, 36))
+    assert all(torch.equal(a, b) for other in results[1:] for a,b in zip(results[0], other))
+    assert all(torch.equal(convolve(x[i:i+1], w, bias, *SAME), results[0][0][i:i+1]) for i in (0, 20, 36))
 
 @needs_tiles
 def test_tiles_are_made_once_and_again_when_the_weight_changes():
@@ -162,12 +165,18 @@ def test_tiles_are_made_once_and_again_when_the_weight_changes():
     assert (after - want).norm() < .01*want.norm() < .1*(after - before).norm()
 
 @needs_tiles
-def test_what_tiles_cannot_take_is_left_to_pytorch():
+def test_what_the_kernels_cannot_take_is_left_to_pytorch():
     x, w, _, bias = tile_case(1, 32, 32, 6, 6)
     for dtype, weight, *geometry in ((torch.float32, w, *SAME), (x.dtype, w, (2, 2), *SAME[1:]), (x.dtype, w, (1, 1), (0, 0), (1, 1), 1),
                                      (x.dtype, w, *SAME[:2], (2, 2), 1), (x.dtype, w[:, :16], *SAME), (x.dtype, w[:16], *SAME),
                                      (x.dtype, w[..., :1, :1], *SAME), (x.dtype, w, *SAME[:3], 2)):
-        assert not tiled(dtype, weight, *geometry)
+        assert way(dtype, weight, *geometry) == "torch"
+    for case,with_bias in (((2, 16, 16, 4, 24), False), ((2, 16, 16, 4, 32), True)):   # too narrow an image; a bias
+        a, v, dy, b = tile_case(*case)
+        leaves, b = [a.requires_grad_(), v.requires_grad_()], b if with_bias else None
+        ours, theirs = LeanConv.apply(a, v, b, *SAME), torch.conv2d(a, v, b, 1, 1)
+        assert torch.equal(ours, theirs)
+        for p, q in zip(torch.autograd.grad(ours, leaves, dy), torch.autograd.grad(theirs, leaves, dy)): assert (p - q).norm() < .01*q.norm()
     assert torch.equal(convolve(x[0], w, bias, *SAME), torch.conv2d(x[0], w, bias, *SAME))   # no batch
     assert convolve(x[:0], w, bias, *SAME).shape == (0, 32, 6, 6)
     for wrong in ((x, w.repeat(1, 2, 1, 1), bias), (x.repeat(1, 2, 1, 1), w, bias), (x, w, bias.float())):
