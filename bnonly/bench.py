@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WARM_UP', 'PEERS', 'IDEAS', 'CANDIDATES', 'ARCHS', 'TRAINS', 'PRICED', 'GOALS', 'noise', 'tick', 'Clock', 'ours',
            'as_data', 'plain_loader', 'plain_torch', 'plain_fastai', 'open_lth', 'loop', 'worker', 'seconds_of',
-           'Process', 'processes', 'take_turns', 'rates', 'work', 'row', 'in_words', 'bench', 'keep', 'bench_ideas',
-           'step_seconds', 'bench_steps', 'epochs_of', 'at_once', 'bench_goals', 'recorded', 'goals']
+           'Process', 'processes', 'take_turns', 'rates', 'work', 'row', 'explain', 'in_words', 'bench', 'keep',
+           'bench_ideas', 'step_seconds', 'bench_steps', 'epochs_of', 'at_once', 'bench_goals', 'recorded', 'goals']
 
 # %% ../nbs/05_bench.ipynb #c0d916ce
 import json, os, subprocess, sys, tempfile, time
@@ -24,10 +24,10 @@ from torch.nn import functional as F
 # %% ../nbs/05_bench.ipynb #0077842f
 from .data import describe, loaders, split
 from .experiment import Spec, parse_arch, parse_policy, root, run_dir, runs_dir, write
-from .kernels import accelerate, few, geometry, keep_memory, kernels, tiled
+from .kernels import accelerate, few, geometry, keep_memory, kernels, way
 from .models import BatchNormAct, create_model
 from .policies import freeze, trainable
-from .train import Callback, CancelFitException, Learner, default_device, default_dtype, fit, fit_many, learner, machine, prepare
+from .train import Callback, CancelFitException, CancelValidException, Learner, default_device, default_dtype, fit, fit_many, learner, machine, prepare
 
 # %% ../nbs/05_bench.ipynb #a1893322
 def noise(n:int=5_000) -> tuple:   # uint8 [n, 32, 32, 3], int64 [n]
@@ -43,8 +43,9 @@ def tick(ends:list, n:int):
     ends.append(time.perf_counter())
 
 class Clock(Callback):
-    "Note when each training step ends, and stop after some."
+    "Note when each training step ends, and stop after some; nothing is validated in between."
     def start(self, n): self.left, self.ends = n, []
+    def before_validate(self): raise CancelValidException
     def after_batch(self):
         tick(self.ends, self.left)
         if len(self.ends) == self.left: raise CancelFitException
@@ -131,7 +132,7 @@ PEERS = dict(bnonly=ours, fastai=plain_fastai, torch=plain_torch, open_lth=open_
 
 # %% ../nbs/05_bench.ipynb #6c09fb50
 IDEAS = ("a plain loop", "batches made on the device", "channels last", "bfloat16", "BatchNorm, residual and ReLU in one",
-         "frozen convolutions keep only their weight", "3x3 convolutions by Winograd's tiles", "freed memory kept")
+         "frozen convolutions keep only their weight", "3x3 convolutions in our kernels", "freed memory kept")
 
 def loop(n, arch, policy, x, y):
     "A loop with the first n ideas."
@@ -237,11 +238,12 @@ def work(arch, policy, batch=128, dtype=torch.float32) -> tuple:   # floating-po
     def spare(m, args, out):   # PyTorch's gradient of a whole weight, but for the few entries that train
         whole, entries = m.parametrizations.weight[0].base, m.parametrizations.weight.original
         spared[0] += 2 * out.numel()//out.shape[1] * (whole.numel() - entries.numel())
-    def tile(m, args, out): spared[0] += (1 + args[0].requires_grad) * 2*out.numel()*m.weight[0].numel() * 20//36   # forward, and backward to the input
+    def tile(m, args, out):   # forward, and backward to the input and to a weight that trains
+        spared[0] += (1 + args[0].requires_grad + m.weight.requires_grad) * 2*out.numel()*m.weight[0].numel() * 20//36
     for m in model.modules():
         if isinstance(m, BatchNormAct): m.register_forward_hook(count)
         if few(m): m.register_forward_hook(spare)
-        if cpu and isinstance(m, torch.nn.Conv2d) and tiled(dtype, m.weight, *geometry(m)): m.register_forward_hook(tile)
+        if cpu and isinstance(m, torch.nn.Conv2d) and way(dtype, m.weight, *geometry(m)) == "tiles": m.register_forward_hook(tile)
     with FlopCounterMode(display=False) as flops:
         model(torch.randn(2, 3, 32, 32)).square().mean().backward()
     return (flops.get_total_flops() - spared[0]) * batch/2, moved[0] * batch/2
@@ -251,18 +253,23 @@ ARCHS, TRAINS = ("resnet14", "resnet56", "wrn14-4", "vgg11"), ("bn", "all", "ran
 
 def row(arch:str, policy:str,
         found:dict,     # name to Process
-        rate:tuple,     # as `rates` gives it
         rounds:int      # turns of each
        ) -> dict:
     "One network, timed."
     peers = take_turns({n: p for n,p in found.items() if n != "open_lth" or policy in ("bn", "all")}, arch, policy, rounds)
     own, device = peers.pop("bnonly"), default_device()
     for p in peers.values(): p["ratio"] = round(own["images_per_second"]/p["images_per_second"], 2)
-    dtype, step = default_dtype(device), 128/own["images_per_second"]
-    flops, numbers = work(arch, policy, dtype=dtype)
-    multiply, move = flops/rate[0], numbers*dtype.itemsize/rate[1]
-    return dict(arch=arch, policy=policy, device=device.type, dtype=str(dtype).split(".")[1], **own, ratio=min(p["ratio"] for p in peers.values()),
-                peers=peers, step_ms=round(1000*step, 1), multiply_ms=round(1000*multiply, 1), move_ms=round(1000*move, 1), bound=round((multiply+move)/step, 2))
+    return dict(arch=arch, policy=policy, device=device.type, dtype=str(default_dtype(device)).split(".")[1], **own,
+                ratio=min(p["ratio"] for p in peers.values()), peers=peers)
+
+def explain(r:dict,       # as `row` gives it
+            best:tuple    # as `rates` gives it
+           ) -> dict:
+    "A row, with the milliseconds of its step and what of them the machine's best rates explain."
+    dtype, step = getattr(torch, r["dtype"]), 128/r["images_per_second"]
+    flops, numbers = work(r["arch"], r["policy"], dtype=dtype)
+    multiply, move = flops/best[0], numbers*dtype.itemsize/best[1]
+    return {**r, **{k: round(1000*t, 1) for k,t in dict(step_ms=step, multiply_ms=multiply, move_ms=move).items()}, "bound": round((multiply+move)/step, 2)}
 
 # %% ../nbs/05_bench.ipynb #38c70ff9
 def in_words(r:dict) -> str:   # r: a row of `bench`, `bench_ideas`, `bench_goals` or `bench_steps`
@@ -284,13 +291,14 @@ def bench(archs=ARCHS, policies=TRAINS,
     for a,p in product(archs, policies): parse_arch(a), parse_policy(p)
     if open_lth and not (Path(open_lth)/"models/registry.py").exists():
         raise ValueError(f"--open-lth {open_lth!r} has no models/registry.py; name a checkout of github.com/facebookresearch/open_lth.")
-    rate, rows = rates(default_dtype(default_device())), []
+    best, rows = (0, 0), []   # the best rates of all that are measured, one time for each row
     with processes([n for n in PEERS if n != "open_lth" or open_lth], open_lth) as found:
         for a,p in product(archs, policies):
-            rows.append(row(a, p, found, rate, rounds))
+            best = tuple(map(max, best, rates(default_dtype(default_device()))))
+            rows.append(explain(row(a, p, found, rounds), best))
             say(rows[-1])
     whole = (tuple(archs), tuple(policies)) == (ARCHS, TRAINS)
-    return keep("" if whole else ",".join(("", *archs, *policies)), rows, gemm_flops=round(rate[0]), copy_bytes=round(rate[1]))
+    return keep("" if whole else ",".join(("", *archs, *policies)), [explain(r, best) for r in rows], gemm_flops=round(best[0]), copy_bytes=round(best[1]))
 
 def keep(what, rows, device=None, **rest) -> dict:
     "Write the record of a benchmark under runs/bench, named by the device and what was timed."

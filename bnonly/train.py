@@ -62,7 +62,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)   # fastai 2.8 still decorates with torch.jit.script, which torch 2.15 deprecates
     with suppress(Exception), deferred("fastai", "sklearn.metrics", "sklearn.model_selection", "scipy.stats", "scipy.ndimage"):
         import fastai.basics   # a good part of what it brings is statistics, which no training uses
-    from fastai.callback.core import (Callback, CancelBackwardException, CancelEpochException, CancelFitException,
+    from fastai.callback.core import (Callback, CancelBackwardException, CancelEpochException, CancelFitException, CancelValidException,
                                       TrainEvalCallback)
     from fastai.callback.tracker import EarlyStoppingCallback
     from fastai.data.core import DataLoaders
