@@ -7,9 +7,9 @@ __all__ = ['SCENE', 'DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL',
            'NARROW', 'LAYOUTS', 'PAPER', 'STARS', 'SPREAD', 'STAR', 'WIDTH', 'GROWING', 'ONLY_BN', 'WIDTHS', 'SEEDS',
            'family', 'panels', 'papers_recipe', 'plain', 'left_out', 'convolutions', 'sizes', 'specifications',
            'table1', 'tableC1', 'drawn', 'save', 'rounded', 'draw_table', 'plain_table', 'save_table', 'Line', 'Layout',
-           'points', 'gaps', 'papers', 'told', 'accuracy_panel', 'corner', 'footnote', 'legend', 'empty', 'images',
-           'accuracy_figure', 'Fit', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs', 'fig10',
-           'verdict', 'ordering']
+           'points', 'gaps', 'papers', 'told', 'accuracy_panel', 'seeds', 'corner', 'footnote', 'legend', 'empty',
+           'images', 'accuracy_figure', 'Fit', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs',
+           'fig10', 'verdict', 'ordering']
 
 # %% ../nbs/07_accuracy.ipynb #df5f7ece
 import textwrap
@@ -403,11 +403,15 @@ def accuracy_panel(ax, stats, lines, limits, stars):
     corner(ax, stats)
 
 # %% ../nbs/07_accuracy.ipynb #15a1f2ed
+def seeds(stats) -> str:   # e.g. 'n = 2 to 5'
+    "How many seeds stand behind some points."
+    low, high = stats.n.min(), stats.n.max()
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
+
 def corner(ax, stats):
     "How many seeds and epochs stand behind a panel, in its upper right corner."
-    low, high = stats.n.min(), stats.n.max()
     ages = "/".join(str(e) for e in sorted(set(stats.epochs)))
-    ax.set_title(f"n = {low}{'' if low == high else f' to {high}'}, {ages} epochs", loc="right", fontsize=7, color="gray")
+    ax.set_title(f"{seeds(stats)}, {ages} epochs", loc="right", fontsize=7, color="gray")
 
 def footnote(fig:plt.Figure, *told:str) -> plt.Figure:
     "Say under a figure what one must know to read it, and what it has to do without."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STARTS', 'BASES', 'ADDED', 'GROUP', 'PAPER', 'TABLES', 'NORMS', 'COLORS', 'at_start', 'fig_start', 'method',
            'methods', 'over_seeds', 'shown', 'cases', 'accuracies', 'robustness', 'robust', 'evaluate_robustness',
-           'table3', 'told', 'fig2', 'lacking', 'fig3', 'in_numbers']
+           'table3', 'fig2', 'lacking', 'fig3', 'in_numbers']
 
 # %% ../nbs/11_regularization.ipynb #6db7eee2
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/11_regularization.ipynb #505968eb
-from .accuracy import empty, footnote, save, save_table
+from .accuracy import empty, footnote, save, save_table, seeds
 from .experiment import Spec, history, load_record, parse_arch, preset, results, run_dir, write
 
 # %% ../nbs/11_regularization.ipynb #6dd8b915
@@ -182,11 +182,6 @@ def table3(table:pd.DataFrame   # as `results` gives it
 NORMS = {"accuracy": "Test Accuracy (%)", "embedding_norm": "Feature Embedding Norm", "output_norm": "Output Norm"}
 COLORS = dict(BASES.values())
 
-def told(stats) -> str:
-    "How many seeds stand behind some points."
-    low, high = stats.n.min(), stats.n.max()
-    return f"n = {low}" if low == high else f"n = {low} to {high}"
-
 def fig2(epochs:pd.DataFrame,   # as `history` gives it, with the images' name
          plan:list=()           # the runs of the study, to say what is missing
         ) -> plt.Figure:
@@ -209,7 +204,7 @@ def _named(images, arch, epochs, lr): return f"{arch} on {images}, {epochs} epoc
 def _curves(ax, part, column, label):
     for name,own in part.groupby("method", sort=False):
         stats = own.groupby("epoch")[column].agg(mean="mean", sd="std", n="count")
-        ax.plot(stats.index, stats["mean"], color=COLORS[name], label=f"{name} ({told(stats)})")
+        ax.plot(stats.index, stats["mean"], color=COLORS[name], label=f"{name} ({seeds(stats)})")
         ax.fill_between(stats.index, stats["mean"] - stats.sd, stats["mean"] + stats.sd, color=COLORS[name], alpha=.15, lw=0)
     ax.set(xlabel="Epoch", ylabel=label)
 
@@ -238,7 +233,7 @@ def fig3(table:pd.DataFrame,   # as `results` gives it
         row[0].set_title(_named(*group), loc="left", fontsize=7)
     found = {l: h for ax in axes.flat for h,l in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found, loc="outside upper center", ncols=len(found))
-    footnote(fig, "; ".join([f"mean ± one standard deviation, {told(over_seeds(own, 'accuracy'))}", *lacking(plan, table)]))
+    footnote(fig, "; ".join([f"mean ± one standard deviation, {seeds(over_seeds(own, 'accuracy'))}", *lacking(plan, table)]))
     return fig
 
 def _strengths(ax, stats, kinds, label):
