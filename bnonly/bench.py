@@ -239,7 +239,7 @@ def work(arch, policy, batch=128, dtype=torch.float32) -> tuple:   # floating-po
         whole, entries = m.parametrizations.weight[0].base, m.parametrizations.weight.original
         spared[0] += 2 * out.numel()//out.shape[1] * (whole.numel() - entries.numel())
     def tile(m, args, out):   # forward, and backward to the input and to a weight that trains
-        spared[0] += (1 + args[0].requires_grad + m.weight.requires_grad) * 2*out.numel()*m.weight[0].numel() * 20//36
+        spared[0] += (1 + args[0].requires_grad + (m.weight.requires_grad and not few(m))) * 2*out.numel()*m.weight[0].numel() * 20//36
     for m in model.modules():
         if isinstance(m, BatchNormAct): m.register_forward_hook(count)
         if few(m): m.register_forward_hook(spare)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from bnonly.bench import bench_steps, seconds_of, tick, work
 from bnonly.experiment import runs_dir
 from bnonly.report import main
@@ -48,10 +49,11 @@ def test_only_steps_after_the_warm_up_are_timed():
     assert len(seconds_of(ends)) == 5 and sum(seconds_of(ends)) == pytest.approx(ends[-1] - ends[2])
 
 
-def test_few_entries_cost_little_more_than_none():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_entries_cost_little_more_than_none(dtype):
     "Two for each output channel of ResNet-14 (channels, pixels of its side), two operations for each at each position."
     layers = [(16, 32)]*5 + [(32, 16)]*5 + [(64, 8)]*5   # the shortcuts' among them
-    assert work("resnet14", "random2", 1)[0] - work("resnet14", "bn", 1)[0] == sum(2*side**2 * 2*channels for channels, side in layers)
+    assert work("resnet14", "random2", 1, dtype)[0] - work("resnet14", "bn", 1, dtype)[0] == sum(2*side**2 * 2*channels for channels, side in layers)
 
 
 START = """

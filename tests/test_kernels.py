@@ -152,8 +152,9 @@ def test_convolutions_depend_neither_on_threads_nor_on_other_images(shape):
     assert all(torch.equal(convolve(x[i:i+1], w, bias, *SAME), results[0][0][i:i+1]) for i in (0, 20, 36))
 
 @needs_tiles
-def test_tiles_are_made_once_and_again_when_the_weight_changes():
-    x, w, _, _ = tile_case(2, 32, 32, 6, 6)
+@pytest.mark.parametrize("shape", [(2, 32, 32, 6, 6), (2, 16, 16, 6, 32)], ids=str)
+def test_weights_are_transformed_once_and_again_when_they_change(shape):
+    x, w, _, _ = tile_case(*shape)
     with torch.inference_mode(): before = convolve(x, w, None, *SAME)
     assert torch.equal(convolve(x, w, None, *SAME), before)
     kept = w.transformed[False][1]
@@ -190,7 +191,9 @@ def test_a_convolution_that_trains_goes_by_tiles_under_autocast_alone():
     x = torch.randn(2, 16, 8, 8).contiguous(**BIG)
     plain = net(x)
     assert plain.dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16): y = net(x)
+    kept, keep = [], torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t)
+    with torch.autocast("cpu", torch.bfloat16), keep: y = net(x)
+    assert kept and not any(hasattr(t, "transformed") for t in kept)   # which is for frozen weights
     assert y.dtype == torch.bfloat16 and (y - plain).norm() < .01*plain.norm()
     y.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in net.parameters())
@@ -350,15 +353,15 @@ def test_two_processes_may_build_at_once(tmp_path):
     assert [f.suffix for f in tmp_path.rglob("*") if f.is_file()] == [".so"]
 
 
-def one_step(arch, policy, fused=False, dtype=torch.float32):
+def one_step(arch, policy, fused=False, dtype=torch.float32, low=False):
     "The loss of one batch, the gradients, the running statistics, and the logits in evaluation mode, as float64."
     g = torch.Generator().manual_seed(0)
     model = freeze(create_model(arch), policy).to(dtype=dtype, **BIG)
-    if fused: accelerate(model, dtype)
+    if fused: accelerate(model, torch.bfloat16 if low else dtype)
     x, y = torch.randn(16, 3, 32, 32, generator=g).to(dtype).contiguous(**BIG), torch.randint(10, (16,), generator=g)
-    loss = torch.nn.functional.cross_entropy(model(x), y)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low): loss = torch.nn.functional.cross_entropy(model(x).to(dtype), y)
     loss.backward()
-    with torch.no_grad(): logits = model.eval()(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low): logits = model.eval()(x)
     parts = dict(loss=[loss], gradients=[p.grad for p in trainable(model).values()], logits=[logits],
                  statistics=[b for n, b in model.named_buffers() if "running" in n])
     return {k: torch.cat([t.detach().double().flatten() for t in ts]) for k, ts in parts.items()}
@@ -373,6 +376,16 @@ def test_a_fused_network_is_as_near_to_float64_as_a_plain_one(arch, policy):
     for k, want in exact.items():
         far = lambda got: ((got[k] - want).norm() / want.norm()).item()
         assert far(fused) <= 3*far(plain) + (1e-2 if k == "gradients" else 1e-6), k
+
+
+@needs_tiles
+@pytest.mark.parametrize("policy", ["bn", "all", "random2"])
+def test_a_step_in_bfloat16_is_as_near_to_float64_as_pytorchs(policy):
+    "ResNet-14 at 32 pixels: narrow convolutions, tiles, and those with a stride."
+    exact, plain, fused = (one_step("resnet14", policy, *o) for o in ((False, torch.float64), (False, torch.float32, True), (True, torch.float32, True)))
+    for k, want in exact.items():
+        far = lambda got: ((got[k] - want).norm() / want.norm()).item()
+        assert far(fused) <= 2*far(plain), k
 
 
 def fifty_steps(arch, policy, fast, lr):
