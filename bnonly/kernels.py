@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACKWARD', 'PLANES', 'ENTRIES', 'INPUTS', 'OUTPUTS',
-           'PRODUCTS', 'WINOGRAD', 'PAIRS', 'WINOGRAD_GRADIENT', 'NARROW_PRODUCTS', 'NARROW', 'NARROW_PLACES',
-           'NARROW_GRADIENT', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain', 'processor',
-           'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act', 'transformed', 'way',
-           'convolve', 'input_gradient', 'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'geometry', 'few',
-           'accelerate', 'keep_memory']
+           'PRODUCTS', 'WINOGRAD', 'PAIRS', 'PAIR_PRODUCTS', 'WINOGRAD_GRADIENT', 'NARROW_PRODUCTS', 'NARROW',
+           'NARROW_PLACES', 'NARROW_GRADIENT', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain',
+           'processor', 'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act',
+           'transformed', 'way', 'convolve', 'input_gradient', 'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool',
+           'geometry', 'few', 'accelerate', 'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
 import ctypes, hashlib, os, platform, shlex, shutil, subprocess, sys, tempfile
@@ -435,8 +435,8 @@ template <int N, class F> void tile_pairs(const float* line, long length, long w
 }
 '''
 
-# %% ../nbs/03_kernels.ipynb #9503a7ac
-WINOGRAD_GRADIENT = r'''
+# %% ../nbs/03_kernels.ipynb #b7428f16
+PAIR_PRODUCTS = r'''
 // out [8][32] += v [n][C] times m [n][O], over n pairs
 __attribute__((noinline)) static void add_products(const int* v, const int* m, float* out, long n, long C, long O) {
     __m512 sum[8][2];
@@ -453,7 +453,10 @@ __attribute__((noinline)) static void add_products(const int* v, const int* m, f
     #pragma GCC unroll 8
     for (int r = 0; r < 8; r++) for (int k = 0; k < 2; k++) _mm512_storeu_ps(out + r * O + k * 16, sum[r][k]);
 }
+'''
 
+# %% ../nbs/03_kernels.ipynb #c5ad4371
+WINOGRAD_GRADIENT = r'''
 // x [B, H, W, C]; dy [B, H, W, O]; out [16, C, O], before G. A block of rows of tiles: its planes, then their products.
 extern "C" void winograd_gradient_bfloat16(const bf16* x, const bf16* dy, float* out, long B, long H, long W, long C, long O, int threads) {
     long h = (H + 1) / 2, w = (W + 3) / 4 * 2, rows = std::max(1L, 256 / w), n = rows * w / 2, length = 2 * w + 2, widest = std::max(C, O);
@@ -640,7 +643,7 @@ EXPORT(bf16, bfloat16)
 
 # %% ../nbs/03_kernels.ipynb #31f18920
 SOURCE = "".join([NUMBERS, RELU, PLAN, STATISTICS, FORWARD, GRADIENT, BACKWARD, PLANES, ENTRIES, INPUTS, OUTPUTS, PRODUCTS, WINOGRAD,
-                  PAIRS, WINOGRAD_GRADIENT, NARROW_PRODUCTS, NARROW, NARROW_PLACES, NARROW_GRADIENT, EXPORTS])
+                  PAIRS, PAIR_PRODUCTS, WINOGRAD_GRADIENT, NARROW_PRODUCTS, NARROW, NARROW_PLACES, NARROW_GRADIENT, EXPORTS])
 
 # %% ../nbs/03_kernels.ipynb #46460e3f
 def processor() -> str:
