@@ -285,7 +285,7 @@ def in_words(r:dict) -> str:   # r: a row of `bench`, `bench_ideas`, `bench_goal
 def bench(archs=ARCHS, policies=TRAINS,
           open_lth:str="",     # a checkout of open_lth
           rounds:int=3,        # turns of each candidate
-          say=print            # called with each row
+          say=print            # called with each row, whose `bound` knows the best rates so far
          ) -> dict:            # the record
     "Time every candidate on every network and policy, and keep the record; `ValueError` for a name that does not exist."
     for a,p in product(archs, policies): parse_arch(a), parse_policy(p)

@@ -459,14 +459,14 @@ __attribute__((noinline)) static void add_products(const int* v, const int* m, f
 WINOGRAD_GRADIENT = r'''
 // x [B, H, W, C]; dy [B, H, W, O]; out [16, C, O], before G. A block of rows of tiles: its planes, then their products.
 extern "C" void winograd_gradient_bfloat16(const bf16* x, const bf16* dy, float* out, long B, long H, long W, long C, long O, int threads) {
-    long h = (H + 1) / 2, w = (W + 3) / 4 * 2, rows = std::max(1L, 256 / w), n = rows * w / 2, length = 2 * w + 2, widest = std::max(C, O);
+    long h = (H + 1) / 2, w = (W + 3) / 4 * 2, rows = std::max(1L, 256 / w), n = rows * w / 2, length = 2 * w + 2;
     long v_stride = n * C + 16, m_stride = n * O + 16;
     std::vector<int> v(16 * v_stride), m(16 * m_stride);
     std::fill(out, out + 16 * C * O, 0.f);
     #pragma omp parallel num_threads(threads)
     {
         std::vector<float> reads(4 * length * C), writes(4 * length * O);
-        std::vector<bf16> zeros(W * widest);
+        std::vector<bf16> zeros(W * std::max(C, O));
         for (long first = 0; first < B * h; first += rows) {
             long last = std::min(first + rows, B * h);
             #pragma omp for schedule(static)
