@@ -708,6 +708,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'bnonly.train.loss_func': ('train.html#loss_func', 'bnonly/train.py'),
                               'bnonly.train.machine': ('train.html#machine', 'bnonly/train.py'),
                               'bnonly.train.part': ('train.html#part', 'bnonly/train.py'),
+                              'bnonly.train.pays': ('train.html#pays', 'bnonly/train.py'),
                               'bnonly.train.plain': ('train.html#plain', 'bnonly/train.py'),
                               'bnonly.train.prepare': ('train.html#prepare', 'bnonly/train.py'),
                               'bnonly.train.random_states': ('train.html#random_states', 'bnonly/train.py'),

@@ -138,7 +138,7 @@ def loop(n, arch, policy, x, y):
     "A loop with the first n ideas."
     if n == 0: return plain_torch(arch, policy, x, y)
     device = default_device()
-    dtype, model = default_dtype(device) if n > 2 else torch.float32, freeze(create_model(arch), policy).to(device)
+    dtype, model = default_dtype(device, arch) if n > 2 else torch.float32, freeze(create_model(arch), policy).to(device)
     if n > 1: model = model.to(memory_format=torch.channels_last)
     if 3 < n < 6 and kernels(): kernels()[dtype] = kernels()[dtype]._replace(winograd=None)   # in this process
     if n > 3: accelerate(model, dtype)
@@ -259,7 +259,7 @@ def row(arch:str, policy:str,
     peers = take_turns({n: p for n,p in found.items() if n != "open_lth" or policy in ("bn", "all")}, arch, policy, rounds)
     own, device = peers.pop("bnonly"), default_device()
     for p in peers.values(): p["ratio"] = round(own["images_per_second"]/p["images_per_second"], 2)
-    return dict(arch=arch, policy=policy, device=device.type, dtype=str(default_dtype(device)).split(".")[1], **own,
+    return dict(arch=arch, policy=policy, device=device.type, dtype=str(default_dtype(device, arch)).split(".")[1], **own,
                 ratio=min(p["ratio"] for p in peers.values()), peers=peers)
 
 def explain(r:dict,       # as `row` gives it
@@ -294,7 +294,7 @@ def bench(archs=ARCHS, policies=TRAINS,
     best, rows = (0, 0), []   # the best rates of all that are measured, one time for each row
     with processes([n for n in PEERS if n != "open_lth" or open_lth], open_lth) as found:
         for a,p in product(archs, policies):
-            best = tuple(map(max, best, rates(default_dtype(default_device()))))
+            best = tuple(map(max, best, rates(default_dtype(default_device(), a))))
             rows.append(explain(row(a, p, found, rounds), best))
             say(rows[-1])
     whole = (tuple(archs), tuple(policies)) == (ARCHS, TRAINS)
@@ -326,7 +326,7 @@ PRICED = ((32, 128, ("resnet14", "resnet56", "resnet110", "wrn14-2", "wrn14-4", 
 def step_seconds(arch:str, policy:str, pixels:int, batch_size:int, repeats:int=3) -> float:   # of processor time
     "The shortest of some training steps (forward, backward, update) after a warm-up."
     cpu = torch.device("cpu")
-    model = prepare(freeze(create_model(arch, 1000 if pixels > 32 else 10), policy), cpu, default_dtype(cpu))
+    model = prepare(freeze(create_model(arch, 1000 if pixels > 32 else 10), policy), cpu, default_dtype(cpu, arch))
     opt, times = torch.optim.SGD(trainable(model).values(), lr=.1, momentum=.9, weight_decay=1e-4), []
     x = torch.randn(batch_size, 3, pixels, pixels).contiguous(memory_format=torch.channels_last)
     for _ in range(repeats+1):
@@ -346,7 +346,7 @@ def bench_steps(priced=PRICED, say=print) -> dict:   # the record
                 ms = 1000*step_seconds(a, p, pixels, batch_size)/batch_size
                 rows.append(dict(arch=a, policy=p, pixels=pixels, batch_size=batch_size, milliseconds_per_image=round(ms, 4)))
                 say(rows[-1])
-        return keep(",steps", rows, cpu, dtype=str(default_dtype(cpu)).split(".")[1])
+        return keep(",steps", rows, cpu, dtype=str(default_dtype(cpu, a)).split(".")[1])
     finally: torch.set_num_threads(before)
 
 # %% ../nbs/05_bench.ipynb #17c31749

@@ -66,7 +66,7 @@ def parity(spec:Spec, data=None,
           ) -> dict:
     "How far a device's losses are from float32 on the CPU; `ValueError` where that is too far."
     data, device = data or load_data(spec.data), device or default_device()
-    dtype = dtype or default_dtype(device)
+    dtype = dtype or default_dtype(device, spec.arch)
     cpu, own = (losses(spec, data, *o, n) for o in ((torch.device("cpu"), torch.float32), (device, dtype)))
     apart = sum(abs(a-b) for a,b in zip(cpu, own, strict=True)) / n
     told = dict(run=spec.key, steps=n, device=str(device), dtype=str(dtype).split(".")[-1], difference=round(apart, 5), cpu=cpu, own=own)

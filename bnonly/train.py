@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LR', 'RATES', 'TRACKERS', 'Later', 'later', 'deferred', 'step', 'imagenet', 'constant', 'cosine', 'Schedule', 'SGD',
-           'sgd', 'groups', 'together', 'default_device', 'default_dtype', 'prepare', 'loss_func', 'learner', 'shape',
-           'top5', 'SmoothLoss', 'recorder', 'Epochs', 'Still', 'Run', 'hold_out', 'part', 'HeldOut', 'Patience',
-           'Parallel', 'plain', 'enough', 'summed', 'gathered', 'agreed', 'random_states', 'set_random_states',
-           'save_state', 'load_state', 'Journal', 'machine', 'trackers', 'fit', 'finish', 'fit_many']
+           'sgd', 'groups', 'together', 'default_device', 'pays', 'default_dtype', 'prepare', 'loss_func', 'learner',
+           'shape', 'top5', 'SmoothLoss', 'recorder', 'Epochs', 'Still', 'Run', 'hold_out', 'part', 'HeldOut',
+           'Patience', 'Parallel', 'plain', 'enough', 'summed', 'gathered', 'agreed', 'random_states',
+           'set_random_states', 'save_state', 'load_state', 'Journal', 'machine', 'trackers', 'fit', 'finish',
+           'fit_many']
 
 # %% ../nbs/04_train.ipynb #e95824b2
-import builtins, hashlib, inspect, json, math, os, platform, random, sys, time, warnings
+import builtins, gc, hashlib, inspect, json, math, os, platform, random, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
@@ -73,7 +74,7 @@ with warnings.catch_warnings():
 
 # %% ../nbs/04_train.ipynb #c8854300
 from .data import Images, load_data, loaders, named, own_part
-from .experiment import SCHEDULES, Claim, Spec, choose, load_record, parameters, root, run_dir, seal, write
+from .experiment import SCHEDULES, Claim, Spec, choose, load_record, parameters, parse_arch, root, run_dir, seal, write
 from .graph import Graph
 from .kernels import accelerate, keep_memory, kernels
 from .models import BiasAct, FixupConv, create_model, generator
@@ -139,11 +140,17 @@ def default_device() -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"BNONLY_DEVICE {name!r} cannot be used here ({str(e).splitlines()[0]}); say 'cpu', or leave it out.") from None
 
-def default_dtype(device:torch.device) -> torch.dtype:
-    "bfloat16 where the hardware multiplies it, else float32."
-    if device.type == "cuda": has = torch.cuda.is_bf16_supported(including_emulation=False)
-    else: has = device.type == "cpu" and any(torch.cpu.get_capabilities().get(o) for o in ("avx512_bf16", "amx_bf16"))
-    return torch.bfloat16 if has else torch.float32
+def pays(cpu:dict,   # its abilities, as `torch.cpu.get_capabilities` tells them
+         arch:str) -> bool:
+    "Whether a CPU trains a network faster in bfloat16 than in float32."
+    if cpu.get("amx_bf16"): return True
+    return bool(cpu.get("avx512_bf16")) and "Intel" not in cpu.get("cpu_name", "") and parse_arch(arch).family not in ("mlp", "lenet")
+
+def default_dtype(device:torch.device, arch:str) -> torch.dtype:
+    "bfloat16 where it is faster than float32."
+    if device.type == "cuda": own = torch.cuda.is_bf16_supported(including_emulation=False)
+    else: own = device.type == "cpu" and pays(torch.cpu.get_capabilities(), arch)
+    return torch.bfloat16 if own else torch.float32
 
 def prepare(model, device, dtype):
     "Move a model to where and how it trains."
@@ -165,12 +172,12 @@ def learner(spec:Spec,                        # the run
             data=None,                        # as `load_data` gives it, to share it between runs
             cbs=(),                           # further fastai callbacks
             device:torch.device|None=None,    # default: the accelerator if there is one
-            dtype:torch.dtype|None=None       # of the convolutions; default: bfloat16 where the hardware has it
+            dtype:torch.dtype|None=None       # of the convolutions; default: bfloat16 where it is faster
            ) -> Learner:
     "A fastai Learner with the network, the data and the paper's recipe of `spec`."
     data, device = data or load_data(spec.data), device or default_device()
     model = create_model(spec.arch, **shape(data), init=spec.init, bn_init=spec.bn_init, seed=spec.seed, norm=spec.norm, act=spec.act)
-    model = prepare(freeze(model, spec.policy, spec.seed), device, dtype or default_dtype(device))
+    model = prepare(freeze(model, spec.policy, spec.seed), device, dtype or default_dtype(device, spec.arch))
     opt = partial(sgd, momentum=spec.momentum, weight_decay=spec.weight_decay)
     own = [TrainEvalCallback(), recorder(), Schedule(spec.lr, spec.schedule), Epochs(), *regularizers(spec)]
     metrics = [accuracy, top5]
@@ -454,20 +461,22 @@ def fit(spec:Spec,                       # the run
         data=None,                       # as `load_data` gives it, to share it between runs
         cbs=(),                          # further fastai callbacks
         device:torch.device|None=None,   # default: the accelerator if there is one
-        dtype:torch.dtype|None=None,     # of the convolutions; default: bfloat16 where the hardware has it
+        dtype:torch.dtype|None=None,     # of the convolutions; default: bfloat16 where it is faster
         say=None                         # called with a line about progress, at most every ten seconds
        ) -> dict:                        # the record, as record.json holds it
     "Train a run and keep its record; at once where it is complete. `BrokenRecord` where the record was changed."
     if record := agreed(load_record(folder := run_dir(spec, study))): return record
     device = device or default_device()
-    dtype = dtype or default_dtype(device)
+    dtype = dtype or default_dtype(device, spec.arch)
     with Claim(folder) as claim:
         if not rank_distrib(): claim.wait(say or print)
         if record := agreed(load_record(folder)): return record   # of another process, which this one has waited for
         data, journal = data or load_data(spec.data), Journal(folder, say)
         learn = learner(spec, data, [journal, *cbs, *trackers(spec, folder)], device, dtype)
         learn.fit(spec.epochs)
-        return agreed(finish(spec, learn, journal, data, dtype, [type(c).__name__ for c in cbs]))
+        record = agreed(finish(spec, learn, journal, data, dtype, [type(c).__name__ for c in cbs]))
+        del learn, journal; gc.collect()   # a Learner and its callbacks hold each other, and with them the network
+        return record
 
 # %% ../nbs/04_train.ipynb #786fb0fd
 def finish(spec, learn, journal, data, dtype, callbacks) -> dict|None:   # None but in the first process

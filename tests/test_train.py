@@ -1,4 +1,5 @@
 "One run, from every door a user can come through."
+import gc
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from bnonly.data import load_data
 from bnonly.experiment import BrokenRecord, Spec, load_record, results, run_dir
 from bnonly.features import restore
-from bnonly.train import Journal, fit, learner, load_state, save_state
+from bnonly.train import Journal, Run, fit, learner, load_state, pays, save_state
 from fastai.callback.core import Callback
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +183,28 @@ def test_a_copy_of_a_network_computes_with_its_own_weights():
             assert torch.equal(twin(x), before)
             for p in twin.parameters(): p.zero_()
             assert not twin(x).any() and torch.equal(model(x), before)
+
+
+def test_a_trained_network_is_let_go():
+    "A Learner and its callbacks hold each other; a sweep must not keep its networks until Python happens to look for such."
+    gc.collect()
+    gc.disable()
+    try:
+        fit(TINY)
+        assert not [o for o in gc.get_objects() if isinstance(o, Run)]
+    finally: gc.enable()
+
+
+@pytest.mark.parametrize("cpu,arch,answer", [
+    (dict(avx512_bf16=True, amx_bf16=True, cpu_name="Intel Xeon"), "resnet14", True),
+    (dict(avx512_bf16=True, amx_bf16=True, cpu_name="Intel Xeon"), "mlp4-784", True),
+    (dict(avx512_bf16=True, amx_bf16=False, cpu_name="Intel Xeon"), "resnet14", False),
+    (dict(avx512_bf16=True, amx_bf16=False, cpu_name="AMD Zen5"), "resnet14", True),
+    (dict(avx512_bf16=True, amx_bf16=False, cpu_name="AMD Zen5"), "mlp4-784", False),
+    (dict(avx512_bf16=True, amx_bf16=False, cpu_name="AMD Zen5"), "lenet5", False),
+    (dict(), "resnet14", False)])
+def test_where_bfloat16_pays(cpu, arch, answer):
+    assert pays(cpu, arch) is answer
 
 
 def test_a_run_that_a_callback_ends_early_has_no_record():
