@@ -33,10 +33,11 @@ PRIORITY = (f"{DEPTHS} policy=bn init=he_normal bn_init=uniform weight_decay=0.0
             "arch=vgg11,vgg13,vgg16,vgg19 policy=bn,all seed=0",
             f"{DEPTHS} policy=all,random2,output init=he_normal bn_init=uniform seed=1,2")
 
-def plan(study:str="paper",     # a section of settings.ini
-         lines:tuple=PRIORITY   # parts of it, the most telling first
+def plan(study:str="paper",          # a section of settings.ini
+         lines:tuple|None=None       # parts of it, the most telling first; default: PRIORITY for the paper's, else all as they stand
         ) -> list[Spec]:
     "The runs of a study in the order in which they are worth training."
+    if lines is None: lines = PRIORITY if study == "paper" else ("",)
     return list(dict.fromkeys(s for line in lines for s in select(preset(study), line)))
 
 # %% ../nbs/07_campaign.ipynb #c2f64688
@@ -91,7 +92,7 @@ FILES, BYTES = 8, 15*2**20   # archives at most, and bytes in each
 
 def parcels(specs:list[Spec], study:str) -> list:   # of lists of files
     "What to bring home, run by run, finished runs first."
-    heavy = lambda s: s.policy in ("all", "all-affine")
+    heavy = lambda s: s.policy.startswith("all")
     done, cut = [], []
     for s in specs:
         folder, over = run_dir(s, study), state(s, study) in ("complete", "diverged")

@@ -423,10 +423,10 @@ def claims_command(study:str):
     print(f"\n{len(found)} claims: {tally(found)}")
 
 # %% ../nbs/15_report.ipynb #a8cdb095
-def campaign_command(minutes:float, out:str, workers:int):
+def campaign_command(minutes:float, out:str, workers:int, study:str):
     "Train what is most worth it in the time that a machine is at hand."
     from bnonly.campaign import campaign
-    campaign(minutes, out, workers)
+    campaign(minutes, out, workers, study)
 
 # %% ../nbs/15_report.ipynb #63286110
 def explore_command(port:int):
@@ -472,6 +472,7 @@ def parser():
     gpu.add_argument("--minutes", type=float, default=25, help="of training (default: 25)")
     gpu.add_argument("--out", default="home", help="the folder for the archives (default: home)")
     gpu.add_argument("--workers", type=int, default=0, help="processes; 0 is one for each core (default: 0)")
+    gpu.add_argument("--study", default="paper", help="a section of settings.ini (default: paper)")
     look = commands.add_parser("explore", help="turn a run over in a browser")
     look.add_argument("--port", type=int, default=8866, help="of the page on this machine (default: 8866)")
     for name,what in COMMANDS.items():
@@ -504,7 +505,7 @@ def main(argv:list|None=None):
         args = vars(p.parse_args(argv))
         if args["command"] == "train": train_command(Spec(**{k: args[k] for k in Spec.__dataclass_fields__}), args["study"])
         elif args["command"] == "explore": explore_command(args["port"])
-        elif args["command"] == "campaign": campaign_command(*(args[k] for k in ("minutes", "out", "workers")))
+        elif args["command"] == "campaign": campaign_command(*(args[k] for k in ("minutes", "out", "workers", "study")))
         elif args["command"] == "study": study_command(args["name"], *(args[k] for k in ("workers", "only", "retry_failed", "dry_run", "engine", "gpus_per_run")))
         elif args["command"] == "bench": bench_command(*(args[k] for k in ("archs", "policies", "open_lth", "rounds", "ideas", "goals", "steps", "json")))
         else: dict(figures=figures_command, claims=claims_command, report=report_command)[args["command"]](args["name"])
