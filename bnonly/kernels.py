@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACKWARD', 'PLANES', 'ENTRIES', 'INPUTS', 'OUTPUTS',
-           'PRODUCTS', 'WINOGRAD', 'PAIRS', 'PAIR_PRODUCTS', 'WINOGRAD_GRADIENT', 'NARROW_PRODUCTS', 'NARROW',
-           'NARROW_PLACES', 'NARROW_GRADIENT', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain',
-           'processor', 'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act',
-           'transformed', 'way', 'convolve', 'input_gradient', 'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool',
-           'geometry', 'few', 'accelerate', 'keep_memory']
+           'PRODUCTS', 'WINOGRAD', 'PLANE_PRODUCTS', 'WINOGRAD_GRADIENT', 'NARROW_PRODUCTS', 'NARROW', 'NARROW_PLACES',
+           'NARROW_GRADIENT', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain', 'processor',
+           'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act', 'transformed', 'way',
+           'convolve', 'input_gradient', 'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'geometry', 'few',
+           'accelerate', 'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
 import ctypes, hashlib, os, platform, shlex, shutil, subprocess, sys, tempfile
@@ -298,56 +298,61 @@ template <class T> void entries(const T* x, const T* dy, const int64_t* index, f
 
 # %% ../nbs/03_kernels.ipynb #da595b06
 INPUTS = r'''
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)      // until the end of NARROW_GRADIENT; where there is AMX, oneDNN uses it
-inline void input_transform(const V* d, V* v) { v[0] = d[0] - d[2]; v[1] = d[1] + d[2]; v[2] = d[2] - d[1]; v[3] = d[1] - d[3]; }
-inline void output_transform(const V* m, V* y) { y[0] = m[0] + m[1] + m[2]; y[1] = m[1] - m[2] - m[3]; }
+inline void input_transform(const V* d, V* v) {
+    V a = d[4] - 4 * d[2], b = d[3] - 4 * d[1], e = d[4] - d[2], f = 2 * (d[3] - d[1]);
+    v[0] = 4 * d[0] - 5 * d[2] + d[4]; v[1] = a + b; v[2] = a - b;
+    v[3] = e + f; v[4] = e - f; v[5] = 4 * d[1] - 5 * d[3] + d[5];
+}
 
-// N rows of x [H, W, C] from row i, down the columns: four sums for each number, `length` apart.
-template <int N, class F> void columns(const bf16* x, const bf16* zeros, long i, long H, long W, long C, float* line, long length, F f) {
-    const bf16* rows[N];
+// N rows of x [H, W, C] from row i, down the columns: six sums for each number, `length` apart.
+template <int N, void (*f)(const V*, V*), class T> void columns(const T* x, const T* zeros, long i, long H, long W, long C, float* line, long length) {
+    const T* rows[N];
     for (int k = 0; k < N; k++) rows[k] = i + k < 0 || i + k >= H ? zeros : x + (i + k) * W * C;
     for (long e = 0; e < W * C; e += 16) {
-        V d[N], s[4];
+        V d[N], s[6];
         for (int k = 0; k < N; k++) load(rows[k] + e, d[k]);
         f(d, s);
-        for (int k = 0; k < 4; k++) store(line + k * length + e, s[k]);
+        for (int k = 0; k < 6; k++) store(line + k * length + e, s[k]);
     }
 }
 
-// x [H, W, C]: the tiles with first row i; v: their 16 planes, `stride` numbers apart.
-static void input_row(const bf16* x, const bf16* zeros, long i, long H, long W, long C, float* line, bf16* v, long stride) {
-    long w = (W + 1) / 2, length = (2 * w + 2) * C;
-    columns<4>(x, zeros, i, H, W, C, line + C, length, input_transform);
-    for (long j = 0; j < w; j++, line += 2 * C)
+// The tiles of a line of columns, w of them with N numbers across; v: their 36 planes of [w][C], `stride` numbers apart.
+template <int N, void (*f)(const V*, V*)> void planes_of(const float* line, long length, long w, long C, float* v, long stride) {
+    for (long j = 0; j < w; j++, line += 4 * C)
         for (long c = 0; c < C; c += 16, v += 16)
-            for (int k = 0; k < 4; k++) {
-                V d[4], s[4];
-                for (int l = 0; l < 4; l++) load(line + k * length + l * C + c, d[l]);
-                input_transform(d, s);
-                for (int l = 0; l < 4; l++) store(v + (k * 4 + l) * stride, s[l]);
+            for (int k = 0; k < 6; k++) {
+                V d[N], s[6];
+                for (int l = 0; l < N; l++) load(line + k * length + l * C + c, d[l]);
+                f(d, s);
+                for (int l = 0; l < 6; l++) store(v + (k * 6 + l) * stride, s[l]);
             }
 }
 '''
 
 # %% ../nbs/03_kernels.ipynb #db4467d6
 OUTPUTS = r'''
-// m: 16 planes of products, `stride` numbers apart, of tiles with K channels each; y [H, W, O]: rows i and i + 1.
-static void output_row(const float* m, long stride, const bf16* bias, bf16* y, long i, long H, long W, long O, long K) {
+inline void output_transform(const V* m, V* y) {
+    V a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], d = m[3] - m[4];
+    y[0] = m[0] + a + c; y[1] = b + 2 * d; y[2] = a + 4 * c; y[3] = b + 8 * d + m[5];
+}
+
+// m: 36 planes of products, `stride` numbers apart, of tiles with K channels each; y [H, W, O]: rows i to i + 3.
+template <class T> void output_row(const float* m, long stride, const T* bias, T* y, long i, long H, long W, long O, long K) {
     y += i * W * O;
-    for (long j = 0; j < W; j += 2, m += K, y += 2 * O)
+    for (long j = 0; j < W; j += 4, m += K, y += 4 * O)
         for (long c = 0; c < K; c += 16) {
-            V left[4], right[4], l[2], r[2], b = {};
-            for (int k = 0; k < 4; k++) {
-                V d[4], s[2];
-                for (int n = 0; n < 4; n++) load(m + (k * 4 + n) * stride + c, d[n]);
-                output_transform(d, s);
-                left[k] = s[0]; right[k] = s[1];
+            V s[4][6], b = {};
+            for (int l = 0; l < 6; l++) {
+                V d[6], t[4];
+                for (int k = 0; k < 6; k++) load(m + (k * 6 + l) * stride + c, d[k]);
+                output_transform(d, t);
+                for (int k = 0; k < 4; k++) s[k][l] = t[k];
             }
-            output_transform(left, l); output_transform(right, r);
             if (bias) load(bias + c, b);
-            for (int k = 0; k < 2 && i + k < H; k++) {
-                store(y + k * W * O + c, l[k] + b);
-                if (j + 1 < W) store(y + (k * W + 1) * O + c, r[k] + b);
+            for (int k = 0; k < 4 && i + k < H; k++) {
+                V t[4];
+                output_transform(s[k], t);
+                for (int l = 0; l < 4 && j + l < W; l++) store(y + (k * W + l) * O + c, t[l] + b);
             }
         }
 }
@@ -355,55 +360,124 @@ static void output_row(const float* m, long stride, const bf16* bias, bf16* y, l
 
 # %% ../nbs/03_kernels.ipynb #887f5aac
 PRODUCTS = r'''
-// m [R][16 N] = v [R][C] times u [C / 2][16 N][2]
-template <int R, int N> void multiply(const bf16* v, const bf16* u, float* m, long C) {
-    __m512 sum[R][N] = {};
-    for (long k = 0; k < C; k += 2, u += 32 * N) {
-        __m512bh w[N];
-        for (int n = 0; n < N; n++) w[n] = (__m512bh)_mm512_loadu_si512(u + n * 32);
+#if defined(__AVX512F__)
+constexpr bool WIDE = true;                                 // 32 registers of 16 numbers
+#else
+constexpr bool WIDE = false;                                // 16 of 8 at most
+#endif
+
+// m [R][16 N] = v [R][C] times u [N][C][16], these `apart`
+template <int R, int N> void multiply(const float* v, const float* u, long apart, float* m, long C) {
+    V sum[R][N] = {};
+    for (long k = 0; k < C; k++, u += 16) {
+        V w[N];
+        #pragma GCC unroll 4
+        for (int n = 0; n < N; n++) load(u + n * apart, w[n]);
         #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            int pair; memcpy(&pair, v + r * C + k, 4);
-            __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
-            for (int n = 0; n < N; n++) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], a, w[n]);
+            V a = V{} + v[r * C + k];
+            #pragma GCC unroll 4
+            for (int n = 0; n < N; n++) sum[r][n] += a * w[n];
         }
     }
     #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) for (int n = 0; n < N; n++) _mm512_storeu_ps(m + (r * N + n) * 16, sum[r][n]);
+    for (int r = 0; r < R; r++)
+        #pragma GCC unroll 4
+        for (int n = 0; n < N; n++) store(m + (r * N + n) * 16, sum[r][n]);
 }
 '''
 
 # %% ../nbs/03_kernels.ipynb #80215758
 WINOGRAD = r'''
-// x [B, H, W, C]; u [O / K][16][C / 2][K][2] with K = 16 N; y [B, H, W, O].
-template <int R, int N> void winograd(const bf16* x, const bf16* u, const bf16* bias, bf16* y, long B, long H, long W, long C, long O, int threads) {
-    long h = (H + 1) / 2, w = (W + 1) / 2, rows = std::max(1L, 16 / w), tiles = (rows * w + R - 1) / R * R, K = 16 * N;
-    long v_stride = tiles * C + 32, m_stride = tiles * K + 16;   // from one plane to the next
+// x [B, H, W, C]; u [36][O / 16][C][16]; y [B, H, W, O].
+template <int R, int N, class T> void winograd(const T* x, const float* u, const T* bias, T* y, long B, long H, long W, long C, long O, int threads) {
+    long h = (H + 3) / 4, w = (W + 3) / 4, rows = std::max(1L, 32 / w), tiles = (rows * w + R - 1) / R * R, K = 16 * N, length = (4 * w + 2) * C;
+    long v_stride = tiles * C + 16, m_stride = tiles * K + 16;   // from one plane to the next
     #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> line(4 * (2 * w + 2) * C), m(16 * m_stride);
-        std::vector<bf16> v(16 * v_stride), zeros(W * C);
+        std::vector<float> line(6 * length), v(36 * v_stride), m(36 * m_stride);
+        std::vector<T> zeros(W * C);
         #pragma omp for schedule(static)
         for (long first = 0; first < B * h; first += rows) {
             long last = std::min(first + rows, B * h);
-            for (long g = first; g < last; g++)
-                input_row(x + g / h * H * W * C, zeros.data(), g % h * 2 - 1, H, W, C, line.data(), &v[(g - first) * w * C], v_stride);
+            for (long g = first; g < last; g++) {
+                columns<6, input_transform>(x + g / h * H * W * C, zeros.data(), g % h * 4 - 1, H, W, C, &line[C], length);
+                planes_of<6, input_transform>(line.data(), length, w, C, &v[(g - first) * w * C], v_stride);
+            }
             for (long o = 0; o < O; o += K) {
-                for (int p = 0; p < 16; p++) for (long t = 0; t < tiles; t += R)
-                    multiply<R, N>(&v[p * v_stride + t * C], u + (o * 16 + p * K) * C, &m[p * m_stride + t * K], C);
+                for (int p = 0; p < 36; p++) for (long t = 0; t < tiles; t += R)
+                    multiply<R, N>(&v[p * v_stride + t * C], u + (p * O + o) * C, C * 16, &m[p * m_stride + t * K], C);
                 for (long g = first; g < last; g++)
-                    output_row(&m[(g - first) * w * K], m_stride, bias ? bias + o : nullptr, y + g / h * H * W * O + o, g % h * 2, H, W, O, K);
+                    output_row(&m[(g - first) * w * K], m_stride, bias ? bias + o : nullptr, y + g / h * H * W * O + o, g % h * 4, H, W, O, K);
             }
         }
     }
 }
-extern "C" void winograd_bfloat16(const bf16* x, const bf16* u, const bf16* bias, bf16* y, long B, long H, long W, long C, long O, int threads) {
-    (O % 64 ? winograd<8, 2> : winograd<4, 4>)(x, u, bias, y, B, H, W, C, O, threads);
+template <class T> void tiles(const T* x, const float* u, const T* bias, T* y, long B, long H, long W, long C, long O, int threads) {
+    (!WIDE ? winograd<6, 1, T> : O % 64 ? winograd<8, 2, T> : winograd<4, 4, T>)(x, u, bias, y, B, H, W, C, O, threads);
 }
 '''
 
 # %% ../nbs/03_kernels.ipynb #600c4a11
-PAIRS = r'''
+PLANE_PRODUCTS = r'''
+inline void gradient_transform(const V* y, V* m) {
+    V a = y[0] + y[2], b = y[1] + y[3], c = y[0] + 4 * y[2], d = 2 * y[1] + 8 * y[3];
+    m[0] = y[0]; m[1] = a + b; m[2] = a - b; m[3] = c + d; m[4] = c - d; m[5] = y[3];
+}
+
+// out [R][16 N] += v [n][C] times m [n][O], over n tiles
+template <int R, int N> __attribute__((noinline)) void add_products(const float* v, const float* m, float* out, long n, long C, long O) {
+    V sum[R][N];
+    #pragma GCC unroll 8
+    for (int r = 0; r < R; r++) for (int k = 0; k < N; k++) load(out + r * O + k * 16, sum[r][k]);
+    for (; n; n--, v += C, m += O) {
+        V w[N];
+        for (int k = 0; k < N; k++) load(m + k * 16, w[k]);
+        #pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            V a = V{} + v[r];
+            for (int k = 0; k < N; k++) sum[r][k] += a * w[k];
+        }
+    }
+    #pragma GCC unroll 8
+    for (int r = 0; r < R; r++) for (int k = 0; k < N; k++) store(out + r * O + k * 16, sum[r][k]);
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #c5ad4371
+WINOGRAD_GRADIENT = r'''
+// x [B, H, W, C]; dy [B, H, W, O]; out [36, C, O], before G. A block of rows of tiles: its planes, then their products.
+template <class T> void tiles_gradient(const T* x, const T* dy, float* out, long B, long H, long W, long C, long O, int threads) {
+    constexpr int R = WIDE ? 8 : 4, N = WIDE ? 2 : 1;
+    long h = (H + 3) / 4, w = (W + 3) / 4, rows = std::max(1L, 128 / w), length = 4 * w + 2;
+    long v_stride = rows * w * C + 16, m_stride = rows * w * O + 16;
+    std::vector<float> v(36 * v_stride), m(36 * m_stride);
+    std::fill(out, out + 36 * C * O, 0.f);
+    #pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> reads(6 * length * C), writes(6 * length * O);
+        std::vector<T> zeros(W * std::max(C, O));
+        for (long first = 0; first < B * h; first += rows) {
+            long last = std::min(first + rows, B * h);
+            #pragma omp for schedule(static)
+            for (long g = first; g < last; g++) {
+                long b = g / h, i = g % h * 4, at = (g - first) * w;
+                columns<6, input_transform>(x + b * H * W * C, zeros.data(), i - 1, H, W, C, &reads[C], length * C);
+                planes_of<6, input_transform>(reads.data(), length * C, w, C, &v[at * C], v_stride);
+                columns<4, gradient_transform>(dy + b * H * W * O, zeros.data(), i, H, W, O, &writes[0], length * O);
+                planes_of<4, gradient_transform>(writes.data(), length * O, w, O, &m[at * O], m_stride);
+            }
+            #pragma omp for collapse(2) schedule(static)
+            for (int p = 0; p < 36; p++) for (long o = 0; o < O; o += 16 * N) for (long c = 0; c < C; c += R)
+                add_products<R, N>(&v[p * v_stride + c], &m[p * m_stride + o], out + (p * C + c) * O + o, (last - first) * w, C, O);
+        }
+    }
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #0e5d81be
+NARROW_PRODUCTS = r'''
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)      // until the end of NARROW_GRADIENT; where there is AMX, oneDNN uses it
 typedef __m512i I;
 static const struct Orders {                               // of the numbers of two registers
     I even, odd, low, high, zip;
@@ -418,75 +492,6 @@ static const struct Orders {                               // of the numbers of 
 inline I zip(I both) { return _mm512_permutexvar_epi16(ORDERS.zip, both); }        // a0..a15 b0..b15 to a0 b0 a1 b1 ...
 inline I round_pair(V a, V b) { return (I)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
 
-inline void gradient_transform(const V* y, V* m) { m[0] = y[0]; m[1] = y[0] + y[1]; m[2] = y[0] - y[1]; m[3] = -y[1]; }
-
-// The tiles of a line of columns, w of them with N numbers across; v [w / 2][C]: their 16 planes in pairs of tiles.
-template <int N, class F> void tile_pairs(const float* line, long length, long w, long C, int* v, long stride, F f) {
-    for (long j = 0; j < w; j += 2, line += 4 * C)
-        for (long c = 0; c < C; c += 16, v += 16)
-            for (int k = 0; k < 4; k++) {
-                V d[N], s[4], t[4];
-                for (int l = 0; l < N; l++) load(line + k * length + l * C + c, d[l]);
-                f(d, s);
-                for (int l = 0; l < N; l++) load(line + k * length + (l + 2) * C + c, d[l]);
-                f(d, t);
-                for (int l = 0; l < 4; l++) _mm512_storeu_si512(v + (k * 4 + l) * stride, zip(round_pair(s[l], t[l])));
-            }
-}
-'''
-
-# %% ../nbs/03_kernels.ipynb #b7428f16
-PAIR_PRODUCTS = r'''
-// out [8][32] += v [n][C] times m [n][O], over n pairs
-__attribute__((noinline)) static void add_products(const int* v, const int* m, float* out, long n, long C, long O) {
-    __m512 sum[8][2];
-    #pragma GCC unroll 8
-    for (int r = 0; r < 8; r++) for (int k = 0; k < 2; k++) sum[r][k] = _mm512_loadu_ps(out + r * O + k * 16);
-    for (; n; n--, v += C, m += O) {
-        __m512bh a = (__m512bh)_mm512_loadu_si512(m), b = (__m512bh)_mm512_loadu_si512(m + 16);
-        #pragma GCC unroll 8
-        for (int r = 0; r < 8; r++) {
-            __m512bh w = (__m512bh)_mm512_set1_epi32(v[r]);
-            sum[r][0] = _mm512_dpbf16_ps(sum[r][0], w, a); sum[r][1] = _mm512_dpbf16_ps(sum[r][1], w, b);
-        }
-    }
-    #pragma GCC unroll 8
-    for (int r = 0; r < 8; r++) for (int k = 0; k < 2; k++) _mm512_storeu_ps(out + r * O + k * 16, sum[r][k]);
-}
-'''
-
-# %% ../nbs/03_kernels.ipynb #c5ad4371
-WINOGRAD_GRADIENT = r'''
-// x [B, H, W, C]; dy [B, H, W, O]; out [16, C, O], before G. A block of rows of tiles: its planes, then their products.
-extern "C" void winograd_gradient_bfloat16(const bf16* x, const bf16* dy, float* out, long B, long H, long W, long C, long O, int threads) {
-    long h = (H + 1) / 2, w = (W + 3) / 4 * 2, rows = std::max(1L, 256 / w), n = rows * w / 2, length = 2 * w + 2;
-    long v_stride = n * C + 16, m_stride = n * O + 16;
-    std::vector<int> v(16 * v_stride), m(16 * m_stride);
-    std::fill(out, out + 16 * C * O, 0.f);
-    #pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> reads(4 * length * C), writes(4 * length * O);
-        std::vector<bf16> zeros(W * std::max(C, O));
-        for (long first = 0; first < B * h; first += rows) {
-            long last = std::min(first + rows, B * h);
-            #pragma omp for schedule(static)
-            for (long g = first; g < last; g++) {
-                long b = g / h, i = g % h * 2, at = (g - first) * w / 2;
-                columns<4>(x + b * H * W * C, zeros.data(), i - 1, H, W, C, &reads[C], length * C, input_transform);
-                tile_pairs<4>(reads.data(), length * C, w, C, &v[at * C], v_stride, input_transform);
-                columns<2>(dy + b * H * W * O, zeros.data(), i, H, W, O, &writes[0], length * O, gradient_transform);
-                tile_pairs<2>(writes.data(), length * O, w, O, &m[at * O], m_stride, gradient_transform);
-            }
-            #pragma omp for collapse(2) schedule(static)
-            for (int p = 0; p < 16; p++) for (long o = 0; o < O; o += 32) for (long c = 0; c < C; c += 8)
-                add_products(&v[p * v_stride + c], &m[p * m_stride + o], out + (p * C + c) * O + o, (last - first) * w / 2, C, O);
-        }
-    }
-}
-'''
-
-# %% ../nbs/03_kernels.ipynb #0e5d81be
-NARROW_PRODUCTS = r'''
 // 16 pixels of 16 channels: a register for two pixels, or one for two channels
 inline void step(I* r, I a, I b, int apart) {
     #pragma GCC unroll 8
@@ -637,13 +642,22 @@ extern "C" void backward_##NAME(const T* dy, const T* x, const uint16_t* mask, T
 extern "C" void entries_##NAME(const T* x, const T* dy, const int64_t* index, float* out, long n, long B, long H, long W, \
         long C, long OH, long OW, long O, long K, long stride, long pad, int threads) { \
     entries<T>(x, dy, index, out, n, B, H, W, C, OH, OW, O, K, stride, pad, threads); }
+#define EXPORT_TILES(T, NAME) \
+extern "C" void winograd_##NAME(const T* x, const float* u, const T* bias, T* y, long B, long H, long W, long C, long O, int threads) { \
+    tiles<T>(x, u, bias, y, B, H, W, C, O, threads); } \
+extern "C" void winograd_gradient_##NAME(const T* x, const T* dy, float* out, long B, long H, long W, long C, long O, int threads) { \
+    tiles_gradient<T>(x, dy, out, B, H, W, C, O, threads); }
 EXPORT(float, float32)
 EXPORT(bf16, bfloat16)
+EXPORT_TILES(float, float32)
+#if !defined(__AMX_BF16__)
+EXPORT_TILES(bf16, bfloat16)
+#endif
 '''
 
 # %% ../nbs/03_kernels.ipynb #31f18920
 SOURCE = "".join([NUMBERS, RELU, PLAN, STATISTICS, FORWARD, GRADIENT, BACKWARD, PLANES, ENTRIES, INPUTS, OUTPUTS, PRODUCTS, WINOGRAD,
-                  PAIRS, PAIR_PRODUCTS, WINOGRAD_GRADIENT, NARROW_PRODUCTS, NARROW, NARROW_PLACES, NARROW_GRADIENT, EXPORTS])
+                  PLANE_PRODUCTS, WINOGRAD_GRADIENT, NARROW_PRODUCTS, NARROW, NARROW_PLACES, NARROW_GRADIENT, EXPORTS])
 
 # %% ../nbs/03_kernels.ipynb #46460e3f
 def processor() -> str:
@@ -674,7 +688,7 @@ ARGUMENTS = dict(forward=[P]*10 + [L, L, I, D, D, I, I], backward=[P]*11 + [L, L
                  winograd_gradient=[P]*3 + [L]*5 + [I], narrow=[P]*3 + [L]*3 + [I], narrow_gradient=[P]*3 + [L]*3 + [I])
 
 class Kernels(NamedTuple):
-    "The compiled functions for one kind of number; convolutions only where the processor multiplies it so."
+    "The compiled functions for one kind of number, and those for convolutions where they are the faster."
     forward: object
     backward: object
     entries: object
@@ -756,20 +770,19 @@ def bn_act(x, residual=None, weight=None, bias=None, running_mean=None, running_
     return BNAct.apply(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, kernels()[x.dtype], torch.is_grad_enabled())
 
 # %% ../nbs/03_kernels.ipynb #df925fc0
-_G = torch.tensor([[1, 0, 0], [.5, .5, .5], [.5, -.5, .5], [0, 0, 1]])
-_GG = torch.kron(_G, _G)   # [16, 9]
+_G = torch.tensor([[1/4, 0, 0], [-1/6, -1/6, -1/6], [-1/6, 1/6, -1/6], [1/24, 1/12, 1/6], [1/24, -1/12, 1/6], [0, 0, 1]])
+_GG = torch.kron(_G, _G)   # [36, 9]
 
-def transformed(weight,      # bfloat16 [O, C, 3, 3]
+def transformed(weight,      # [O, C, 3, 3]
                 back=False   # for the gradient of the input
-               ):            # pairs of bfloat16 in int32: [O/n, 16, C/2, n], n = 64 or 32; [2, 9, 8, 8] for 16 channels; O and C change places for `back`
+               ):            # float32 [36, O/16, C, 16]; for 16 channels pairs of bfloat16 in int32 [2, 9, 8, 8]; O and C change places for `back`
     "$G w G^\\top$, or the weight of 16 channels itself, in the order in which the kernel reads it."
     w = weight.detach()
     if back: w = w.flip(2, 3).transpose(0, 1)
     O, C = w.shape[:2]
     if O == 16: return w.permute(0, 2, 3, 1).contiguous().view(torch.int32).view(2, 8, 9, 8).permute(0, 2, 3, 1).contiguous()
-    with torch.autocast("cpu", enabled=False): u = _GG.to(w.dtype) @ w.permute(2, 3, 0, 1).reshape(9, -1)
-    n = 32 if O % 64 else 64
-    return u.view(torch.int32).view(16, O//n, n, C//2).permute(1, 0, 3, 2).contiguous()
+    with torch.autocast("cpu", enabled=False): u = _GG @ w.float().permute(2, 3, 0, 1).reshape(9, -1)
+    return u.view(36, O//16, 16, C).transpose(2, 3).contiguous()
 
 def _transformed(weight, back):   # kept with a frozen weight until it changes
     if weight.requires_grad or weight.is_inference(): return transformed(weight, back)
@@ -781,9 +794,10 @@ def _transformed(weight, back):   # kept with a frozen weight until it changes
 def way(dtype, weight, *geometry) -> str:   # stride, padding, dilation, groups
     "How a convolution is computed on a CPU: in 'tiles', 'narrow' (without bias, of images a multiple of 32 wide), or by 'torch'."
     own = (kernels() or {}).get(dtype)
-    if not own or not own.winograd or geometry != ((1, 1), (1, 1), (1, 1), 1) or weight.shape[2:] != (3, 3): return "torch"
+    if not own or geometry != ((1, 1), (1, 1), (1, 1), 1) or weight.shape[2:] != (3, 3): return "torch"
     channels = weight.shape[:2]
-    return "tiles" if not any(n%32 for n in channels) else "narrow" if channels == (16, 16) else "torch"
+    if own.winograd and not any(n%32 for n in channels): return "tiles"
+    return "narrow" if own.narrow and channels == (16, 16) else "torch"
 
 def _way(x, weight, bias, *geometry):   # of these images
     alike = all(t is None or (t.dtype, t.device) == (x.dtype, x.device) for t in (weight, bias))
@@ -821,7 +835,7 @@ def weight_gradient(g, x, weight, *geometry):
     how, (O, C) = _way(x, weight, None, *geometry), weight.shape[:2]
     if how == "torch" or x.shape[1] != C or g.dtype != x.dtype or g.shape != (len(x), O, *x.shape[2:]): return _gradients(g, x, weight, *geometry, of=1)
     x, g, own = _channels_last(x, x.dtype), _channels_last(g, x.dtype), kernels()[x.dtype]
-    out = torch.empty(9 if how == "narrow" else 16, C*O, dtype=torch.float32)
+    out = torch.empty(9 if how == "narrow" else 36, C*O, dtype=torch.float32)
     where, size = (x.data_ptr(), g.data_ptr(), out.data_ptr()), (len(x), *x.shape[2:])
     if how == "narrow": own.narrow_gradient(*where, *size, torch.get_num_threads())
     else: own.winograd_gradient(*where, *size, C, O, torch.get_num_threads())
@@ -910,7 +924,7 @@ def geometry(m) -> tuple:   # stride, padding, dilation, groups
 def _conv_forward(m, dtype, x):
     "The forward pass of a convolution."
     trains = m.weight.requires_grad or m.bias is not None and m.bias.requires_grad
-    if trains and not torch.is_autocast_enabled("cpu"): return nn.Conv2d.forward(m, x)
+    if trains and dtype != torch.float32 and not torch.is_autocast_enabled("cpu"): return nn.Conv2d.forward(m, x)
     weight = m.weight if m.weight.requires_grad else _low(m, m.weight, dtype)
     how = weight, _bias(m, dtype), *geometry(m)
     return LeanConv.apply(x.to(dtype), *how) if trains or x.requires_grad else convolve(x.to(dtype), *how)
