@@ -361,29 +361,36 @@ template <class T> void output_row(const float* m, long stride, const T* bias, T
 # %% ../nbs/03_kernels.ipynb #887f5aac
 PRODUCTS = r'''
 #if defined(__AVX512F__)
-constexpr bool WIDE = true;                                 // 32 registers of 16 numbers
+typedef V Reg;                                              // what a register holds: gcc keeps longer vectors in memory
+constexpr bool WIDE = true;                                 // and there are 32 of them, else 16
+#elif defined(__AVX__)
+typedef float Reg __attribute__((vector_size(32)));
+constexpr bool WIDE = false;
 #else
-constexpr bool WIDE = false;                                // 16 of 8 at most
+typedef float Reg __attribute__((vector_size(16)));
+constexpr bool WIDE = false;
 #endif
+constexpr int REGS = 64 / sizeof(Reg), LANES = sizeof(Reg) / 4;   // registers for 16 numbers, and numbers in one
 
 // m [R][16 N] = v [R][C] times u [N][C][16], these `apart`
 template <int R, int N> void multiply(const float* v, const float* u, long apart, float* m, long C) {
-    V sum[R][N] = {};
+    constexpr int K = N * REGS;
+    Reg sum[R][K] = {};
     for (long k = 0; k < C; k++, u += 16) {
-        V w[N];
-        #pragma GCC unroll 4
-        for (int n = 0; n < N; n++) load(u + n * apart, w[n]);
+        Reg w[K];
+        #pragma GCC unroll 8
+        for (int n = 0; n < K; n++) load(u + n / REGS * apart + n % REGS * LANES, w[n]);
         #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            V a = V{} + v[r * C + k];
-            #pragma GCC unroll 4
-            for (int n = 0; n < N; n++) sum[r][n] += a * w[n];
+            Reg a = Reg{} + v[r * C + k];
+            #pragma GCC unroll 8
+            for (int n = 0; n < K; n++) sum[r][n] += a * w[n];
         }
     }
     #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-        #pragma GCC unroll 4
-        for (int n = 0; n < N; n++) store(m + (r * N + n) * 16, sum[r][n]);
+        #pragma GCC unroll 8
+        for (int n = 0; n < K; n++) store(m + r * N * 16 + n * LANES, sum[r][n]);
 }
 '''
 
@@ -405,7 +412,7 @@ template <int R, int N, class T> void winograd(const T* x, const float* u, const
                 planes_of<6, input_transform>(line.data(), length, w, C, &v[(g - first) * w * C], v_stride);
             }
             for (long o = 0; o < O; o += K) {
-                for (int p = 0; p < 36; p++) for (long t = 0; t < tiles; t += R)
+                for (int p = 0; p < 36; p++) for (long t = 0; t < (last - first) * w; t += R)
                     multiply<R, N>(&v[p * v_stride + t * C], u + (p * O + o) * C, C * 16, &m[p * m_stride + t * K], C);
                 for (long g = first; g < last; g++)
                     output_row(&m[(g - first) * w * K], m_stride, bias ? bias + o : nullptr, y + g / h * H * W * O + o, g % h * 4, H, W, O, K);
@@ -425,22 +432,25 @@ inline void gradient_transform(const V* y, V* m) {
     m[0] = y[0]; m[1] = a + b; m[2] = a - b; m[3] = c + d; m[4] = c - d; m[5] = y[3];
 }
 
-// out [R][16 N] += v [n][C] times m [n][O], over n tiles
+// out [R][16 N] += v [n][C] times m [n][O], over n tiles: a sum of its own for each block, which loses less in float32
 template <int R, int N> __attribute__((noinline)) void add_products(const float* v, const float* m, float* out, long n, long C, long O) {
-    V sum[R][N];
-    #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) for (int k = 0; k < N; k++) load(out + r * O + k * 16, sum[r][k]);
+    constexpr int K = N * REGS;
+    Reg sum[R][K] = {};
     for (; n; n--, v += C, m += O) {
-        V w[N];
-        for (int k = 0; k < N; k++) load(m + k * 16, w[k]);
+        Reg w[K];
+        #pragma GCC unroll 8
+        for (int k = 0; k < K; k++) load(m + k * LANES, w[k]);
         #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            V a = V{} + v[r];
-            for (int k = 0; k < N; k++) sum[r][k] += a * w[k];
+            Reg a = Reg{} + v[r];
+            #pragma GCC unroll 8
+            for (int k = 0; k < K; k++) sum[r][k] += a * w[k];
         }
     }
     #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) for (int k = 0; k < N; k++) store(out + r * O + k * 16, sum[r][k]);
+    for (int r = 0; r < R; r++)
+        #pragma GCC unroll 8
+        for (int k = 0; k < K; k++) { Reg a; load(out + r * O + k * LANES, a); store(out + r * O + k * LANES, a + sum[r][k]); }
 }
 '''
 
@@ -803,6 +813,7 @@ def _way(x, weight, bias, *geometry):   # of these images
     alike = all(t is None or (t.dtype, t.device) == (x.dtype, x.device) for t in (weight, bias))
     sound = alike and x.device.type == "cpu" and x.dim() == 4 and x.numel() and (bias is None or bias.is_contiguous() and bias.shape == weight.shape[:1])
     found = way(x.dtype, weight, *geometry) if sound else "torch"
+    if found == "tiles": return found if min(x.shape[2:]) > 1 else "torch"   # a tile of one pixel would be nearly empty
     return "torch" if found == "narrow" and (x.shape[3] % 32 or bias is not None) else found
 
 def _own(how, x, weight, bias=None, back=False):   # the convolution, or with `back` the gradient of its input
@@ -924,7 +935,8 @@ def geometry(m) -> tuple:   # stride, padding, dilation, groups
 def _conv_forward(m, dtype, x):
     "The forward pass of a convolution."
     trains = m.weight.requires_grad or m.bias is not None and m.bias.requires_grad
-    if trains and dtype != torch.float32 and not torch.is_autocast_enabled("cpu"): return nn.Conv2d.forward(m, x)
+    if trains and torch.is_autocast_enabled("cpu") == (dtype == torch.float32): return nn.Conv2d.forward(m, x)
+    if m.weight.requires_grad: vars(m).pop("_rounded", None)   # what an optimizer moves may raise no version
     weight = m.weight if m.weight.requires_grad else _low(m, m.weight, dtype)
     how = weight, _bias(m, dtype), *geometry(m)
     return LeanConv.apply(x.to(dtype), *how) if trains or x.requires_grad else convolve(x.to(dtype), *how)

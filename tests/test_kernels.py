@@ -2,10 +2,12 @@
 import copy
 import itertools
 import os
+import platform
 import shutil
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,17 +126,29 @@ def tile_case(B, C, O, H, W):
     x, w, dy = torch.randn(B, C, H, W, generator=g), torch.randn(O, C, 3, 3, generator=g)*(2/(9*C))**.5, torch.randn(B, O, H, W, generator=g)
     return [t.bfloat16().contiguous(**BIG) for t in (x, w, dy)] + [torch.randn(O, generator=g).bfloat16()]
 
-WINOGRAD = (3, 32, 32, 1, 1), (2, 32, 64, 5, 7), (9, 64, 32, 8, 8), (3, 96, 160, 9, 4), (1, 64, 128, 33, 56), (70, 32, 32, 2, 2), (3, 160, 96, 3, 6)
+WINOGRAD = (3, 32, 32, 2, 3), (2, 32, 64, 5, 7), (9, 64, 32, 8, 8), (3, 96, 160, 9, 4), (1, 64, 128, 33, 56), (70, 32, 32, 2, 2), (3, 160, 96, 3, 6)
 
 @needs_kernels
-@pytest.mark.parametrize("shape", WINOGRAD, ids=str)
+@pytest.mark.parametrize("shape", (*WINOGRAD, (64, 32, 32, 32, 32)), ids=str)
 def test_convolutions_of_float32_against_float64(shape):
+    follow(shape)
+
+def follow(shape):
     wanted = [t.float().requires_grad_() for t in tile_case(*shape) if t.dim() > 1]
     (x, w, dy), exact = wanted, [t.detach().double().requires_grad_() for t in wanted]
     assert way(x.dtype, w, *SAME) == "tiles"
     got, want = LeanConv.apply(x, w, None, *SAME), torch.conv2d(*exact[:2], None, 1, 1)
     got, want = (got, *torch.autograd.grad(got, (x, w), dy)), (want, *torch.autograd.grad(want, exact[:2], exact[2]))
-    for a, b in zip(got, want): assert (a.double() - b).norm() < 1e-5 * b.norm()
+    for a, b in zip(got, want): assert (a.double() - b).norm() < 5e-6 * b.norm()
+
+@needs_kernels
+@pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86")
+def test_convolutions_without_long_registers(tmp_path):
+    "The same on a processor without AVX-512, as the compiler is told."
+    code = "import test_kernels as t\nassert not t.kernels()[t.torch.bfloat16].narrow\nfor s in t.WINOGRAD: t.follow(s)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True,
+                          env=os.environ | {"CXX": "g++ -mno-avx512f", "XDG_CACHE_HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
 
 @pytest.mark.parametrize("shape", [tiled(*s) for s in (*WINOGRAD, (3, 16, 16, 1, 32), (5, 16, 16, 32, 32), (2, 16, 16, 9, 96), (9, 16, 16, 2, 64))], ids=str)
 def test_convolutions_of_bfloat16_against_float64(shape):
@@ -152,9 +166,11 @@ def test_convolutions_of_bfloat16_against_float64(shape):
     assert (weight_gradient(dy, x, w, *SAME).double() - want[2]).norm() < 1e-5*want[2].norm()   # nothing is rounded on the way
 
 @pytest.mark.parametrize("shape", [tiled(37, 64, 96, 6, 10), tiled(37, 16, 16, 5, 32)], ids=str)
-def test_convolutions_depend_neither_on_threads_nor_on_other_images(shape):
-    x, w, dy, bias = tile_case(*shape)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=needs_kernels)], ids=str)
+def test_convolutions_depend_neither_on_threads_nor_on_other_images(shape, dtype):
+    x, w, dy, bias = (t.to(dtype) for t in tile_case(*shape))
     bias = bias if shape[1] > 16 else None
+    if way(dtype, w, *SAME) == "torch": pytest.skip("left to PyTorch, which may sum in another order for another batch")
     n, results = torch.get_num_threads(), []
     for threads in (3, 2, 1):
         torch.set_num_threads(threads)
@@ -211,6 +227,18 @@ def test_a_convolution_that_trains_goes_by_tiles_under_autocast_alone():
     layer = net[1]
     layer.weight.requires_grad_(False), layer.bias.requires_grad_(True)
     with torch.autocast("cpu", torch.bfloat16): assert layer(torch.randn(2, 32, 8, 8).contiguous(**BIG)).requires_grad
+
+
+@needs_kernels
+def test_a_weight_that_trained_and_is_frozen_again_is_read_again():
+    layer = torch.nn.Conv2d(32, 32, 3, padding=1, bias=False).requires_grad_(False)
+    x, net = torch.randn(2, 32, 6, 6).contiguous(**BIG), accelerate(layer, torch.float32)
+    net(x)
+    layer.weight.requires_grad_()
+    net(x).square().sum().backward()
+    torch.optim.SGD([layer.weight], lr=1e-2, fused=True).step()
+    layer.weight.requires_grad_(False)
+    torch.testing.assert_close(net(x), torch.conv2d(x, layer.weight, padding=1), rtol=1e-4, atol=1e-5)
 
 
 @needs_tiles
