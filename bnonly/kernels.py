@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACKWARD', 'PLANES', 'ENTRIES', 'INPUTS', 'OUTPUTS',
-           'PRODUCTS', 'WINOGRAD', 'PLANE_PRODUCTS', 'WINOGRAD_GRADIENT', 'NARROW_PRODUCTS', 'NARROW', 'NARROW_PLACES',
-           'NARROW_GRADIENT', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain', 'processor',
-           'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act', 'transformed', 'way',
-           'convolve', 'input_gradient', 'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'geometry', 'few',
-           'accelerate', 'keep_memory']
+           'PRODUCTS', 'WINOGRAD', 'PLANE_PRODUCTS', 'WINOGRAD_GRADIENT', 'TILES', 'PAIRS', 'NARROW_PRODUCTS', 'NARROW',
+           'NARROW_PLACES', 'NARROW_GRADIENT', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain',
+           'processor', 'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act',
+           'transformed', 'way', 'convolve', 'input_gradient', 'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool',
+           'geometry', 'few', 'accelerate', 'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
 import ctypes, hashlib, os, platform, shlex, shutil, subprocess, sys, tempfile
@@ -485,8 +485,21 @@ template <class T> void tiles_gradient(const T* x, const T* dy, float* out, long
 }
 '''
 
-# %% ../nbs/03_kernels.ipynb #0e5d81be
-NARROW_PRODUCTS = r'''
+# %% ../nbs/03_kernels.ipynb #8e04f7a5
+TILES = r'''
+#define EXPORT_TILES(T, NAME) \
+extern "C" void winograd_##NAME(const T* x, const float* u, const T* bias, T* y, long B, long H, long W, long C, long O, int threads) { \
+    tiles<T>(x, u, bias, y, B, H, W, C, O, threads); } \
+extern "C" void winograd_gradient_##NAME(const T* x, const T* dy, float* out, long B, long H, long W, long C, long O, int threads) { \
+    tiles_gradient<T>(x, dy, out, B, H, W, C, O, threads); }
+EXPORT_TILES(float, float32)
+#if !defined(__AMX_BF16__)
+EXPORT_TILES(bf16, bfloat16)
+#endif
+'''
+
+# %% ../nbs/03_kernels.ipynb #3d9b61c2
+PAIRS = r'''
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)      // until the end of NARROW_GRADIENT; where there is AMX, oneDNN uses it
 typedef __m512i I;
 static const struct Orders {                               // of the numbers of two registers
@@ -501,7 +514,10 @@ static const struct Orders {                               // of the numbers of 
 } ORDERS;
 inline I zip(I both) { return _mm512_permutexvar_epi16(ORDERS.zip, both); }        // a0..a15 b0..b15 to a0 b0 a1 b1 ...
 inline I round_pair(V a, V b) { return (I)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+'''
 
+# %% ../nbs/03_kernels.ipynb #0e5d81be
+NARROW_PRODUCTS = r'''
 // 16 pixels of 16 channels: a register for two pixels, or one for two channels
 inline void step(I* r, I a, I b, int apart) {
     #pragma GCC unroll 8
@@ -652,22 +668,13 @@ extern "C" void backward_##NAME(const T* dy, const T* x, const uint16_t* mask, T
 extern "C" void entries_##NAME(const T* x, const T* dy, const int64_t* index, float* out, long n, long B, long H, long W, \
         long C, long OH, long OW, long O, long K, long stride, long pad, int threads) { \
     entries<T>(x, dy, index, out, n, B, H, W, C, OH, OW, O, K, stride, pad, threads); }
-#define EXPORT_TILES(T, NAME) \
-extern "C" void winograd_##NAME(const T* x, const float* u, const T* bias, T* y, long B, long H, long W, long C, long O, int threads) { \
-    tiles<T>(x, u, bias, y, B, H, W, C, O, threads); } \
-extern "C" void winograd_gradient_##NAME(const T* x, const T* dy, float* out, long B, long H, long W, long C, long O, int threads) { \
-    tiles_gradient<T>(x, dy, out, B, H, W, C, O, threads); }
 EXPORT(float, float32)
 EXPORT(bf16, bfloat16)
-EXPORT_TILES(float, float32)
-#if !defined(__AMX_BF16__)
-EXPORT_TILES(bf16, bfloat16)
-#endif
 '''
 
 # %% ../nbs/03_kernels.ipynb #31f18920
 SOURCE = "".join([NUMBERS, RELU, PLAN, STATISTICS, FORWARD, GRADIENT, BACKWARD, PLANES, ENTRIES, INPUTS, OUTPUTS, PRODUCTS, WINOGRAD,
-                  PLANE_PRODUCTS, WINOGRAD_GRADIENT, NARROW_PRODUCTS, NARROW, NARROW_PLACES, NARROW_GRADIENT, EXPORTS])
+                  PLANE_PRODUCTS, WINOGRAD_GRADIENT, TILES, PAIRS, NARROW_PRODUCTS, NARROW, NARROW_PLACES, NARROW_GRADIENT, EXPORTS])
 
 # %% ../nbs/03_kernels.ipynb #46460e3f
 def processor() -> str:
