@@ -140,7 +140,7 @@ def loop(n, arch, policy, x, y):
     device = default_device()
     dtype, model = default_dtype(device, arch) if n > 2 else torch.float32, freeze(create_model(arch), policy).to(device)
     if n > 1: model = model.to(memory_format=torch.channels_last)
-    if 3 < n < 6 and kernels(): kernels()[dtype] = kernels()[dtype]._replace(winograd=None)   # in this process
+    if 3 < n < 6 and kernels(): kernels()[dtype] = kernels()[dtype]._replace(winograd=None, narrow=None)   # in this process
     if n > 3: accelerate(model, dtype)
     if n == 4: [m.__dict__.pop("forward", None) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     if n > 6: keep_memory()

@@ -943,7 +943,9 @@ def _conv_forward(m, dtype, x):
     "The forward pass of a convolution."
     trains = m.weight.requires_grad or m.bias is not None and m.bias.requires_grad
     if trains and torch.is_autocast_enabled("cpu") == (dtype == torch.float32): return nn.Conv2d.forward(m, x)
-    if m.weight.requires_grad: vars(m).pop("_rounded", None)   # what an optimizer moves may raise no version
+    if m.weight.requires_grad:
+        vars(m).pop("_rounded", None)   # what an optimizer moves may raise no version
+        if x.dim() == 4 and len(x) * -(-x.shape[2]//4) * -(-x.shape[3]//4) < 256: return nn.Conv2d.forward(m, x)   # too few tiles to transform it for
     weight = m.weight if m.weight.requires_grad else _low(m, m.weight, dtype)
     how = weight, _bias(m, dtype), *geometry(m)
     return LeanConv.apply(x.to(dtype), *how) if trains or x.requires_grad else convolve(x.to(dtype), *how)

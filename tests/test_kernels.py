@@ -215,7 +215,7 @@ def test_what_the_kernels_cannot_take_is_left_to_pytorch():
 def test_a_convolution_that_trains_goes_by_tiles_under_autocast_alone():
     net = accelerate(torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.Conv2d(32, 32, 3, padding=1)), torch.bfloat16)
     assert ["forward" in vars(m) for m in net] == [False, True]
-    x = torch.randn(2, 16, 8, 8).contiguous(**BIG)
+    x = torch.randn(64, 16, 8, 8).contiguous(**BIG)
     plain = net(x)
     assert plain.dtype == torch.float32
     kept, keep = [], torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t)
@@ -227,6 +227,14 @@ def test_a_convolution_that_trains_goes_by_tiles_under_autocast_alone():
     layer = net[1]
     layer.weight.requires_grad_(False), layer.bias.requires_grad_(True)
     with torch.autocast("cpu", torch.bfloat16): assert layer(torch.randn(2, 32, 8, 8).contiguous(**BIG)).requires_grad
+
+
+@needs_kernels
+@pytest.mark.parametrize("images,tiles", [(63, False), (64, True)])
+def test_a_weight_that_trains_is_transformed_for_enough_tiles(images, tiles):
+    layer = accelerate(torch.nn.Conv2d(32, 32, 3, padding=1, bias=False), torch.float32)
+    x = torch.randn(images, 32, 8, 8).contiguous(**BIG).requires_grad_()
+    assert (type(layer(x).grad_fn).__name__ == "LeanConvBackward") == tiles
 
 
 @needs_kernels
