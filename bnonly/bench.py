@@ -140,7 +140,7 @@ def loop(n, arch, policy, x, y):
     device = default_device()
     dtype, model = default_dtype(device, arch) if n > 2 else torch.float32, freeze(create_model(arch), policy).to(device)
     if n > 1: model = model.to(memory_format=torch.channels_last)
-    if 3 < n < 6 and kernels(): kernels()[dtype] = kernels()[dtype]._replace(winograd=None, narrow=None)   # in this process
+    if 3 < n < 6 and kernels(): kernels()[dtype] = kernels()[dtype]._replace(winograd=None)   # in this process
     if n > 3: accelerate(model, dtype)
     if n == 4: [m.__dict__.pop("forward", None) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     if n > 6: keep_memory()
@@ -296,7 +296,7 @@ def bench(archs=ARCHS, policies=TRAINS,
     best, rows = (0, 0), []   # the best rates of all that are measured, one time for each row
     with processes([n for n in PEERS if n != "open_lth" or open_lth], open_lth) as found:
         for a,p in product(archs, policies):
-            best = tuple(map(max, best, rates(default_dtype(default_device(), a))))
+            for dtype in {torch.float32, default_dtype(default_device(), a)}: best = tuple(map(max, best, rates(dtype)))   # our tiles multiply float32
             rows.append(explain(row(a, p, found, rounds), best))
             say(rows[-1])
     whole = (tuple(archs), tuple(policies)) == (ARCHS, TRAINS)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACKWARD', 'PLANES', 'ENTRIES', 'INPUTS', 'OUTPUTS',
-           'PRODUCTS', 'WINOGRAD', 'PLANE_PRODUCTS', 'WINOGRAD_GRADIENT', 'TILES', 'PAIRS', 'NARROW_PRODUCTS', 'NARROW',
-           'NARROW_PLACES', 'NARROW_GRADIENT', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain',
-           'processor', 'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act',
-           'transformed', 'way', 'convolve', 'input_gradient', 'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool',
-           'geometry', 'few', 'accelerate', 'keep_memory']
+           'PRODUCTS', 'WINOGRAD', 'PLANE_PRODUCTS', 'SUM_ROWS', 'WINOGRAD_GRADIENT', 'DIRECT', 'DIRECT_GRADIENT',
+           'TILES', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain', 'processor',
+           'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act', 'transformed', 'phases',
+           'abilities', 'multiplies_bfloat16', 'way', 'convolve', 'input_gradient', 'weight_gradient', 'LeanConv',
+           'FewEntries', 'LeanPool', 'geometry', 'few', 'accelerate', 'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
 import ctypes, hashlib, os, platform, shlex, shutil, subprocess, sys, tempfile
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ NUMBERS = r'''
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <vector>
 #if defined(__AVX512F__)
@@ -298,21 +300,27 @@ template <class T> void entries(const T* x, const T* dy, const int64_t* index, f
 
 # %% ../nbs/03_kernels.ipynb #da595b06
 INPUTS = r'''
+struct Floats {                                             // that begin where a line of the cache does
+    std::vector<V> lines;
+    explicit Floats(long n) : lines((n + 15) / 16) {}
+    operator float*() { return (float*)lines.data(); }
+};
+
 inline void input_transform(const V* d, V* v) {
     V a = d[4] - 4 * d[2], b = d[3] - 4 * d[1], e = d[4] - d[2], f = 2 * (d[3] - d[1]);
     v[0] = 4 * d[0] - 5 * d[2] + d[4]; v[1] = a + b; v[2] = a - b;
     v[3] = e + f; v[4] = e - f; v[5] = 4 * d[1] - 5 * d[3] + d[5];
 }
 
-// N rows of x [H, W, C] from row i, down the columns: six sums for each number, `length` apart.
-template <int N, void (*f)(const V*, V*), class T> void columns(const T* x, const T* zeros, long i, long H, long W, long C, float* line, long length) {
+// N rows of x [H, W, C] from row i, K of their channels, down the columns: six sums for each number, `length` apart.
+template <int N, void (*f)(const V*, V*), class T> void columns(const T* x, const T* zeros, long i, long H, long W, long C, long K, float* line, long length) {
     const T* rows[N];
     for (int k = 0; k < N; k++) rows[k] = i + k < 0 || i + k >= H ? zeros : x + (i + k) * W * C;
-    for (long e = 0; e < W * C; e += 16) {
+    for (long j = 0; j < W; j++) for (long c = 0; c < K; c += 16, line += 16) {
         V d[N], s[6];
-        for (int k = 0; k < N; k++) load(rows[k] + e, d[k]);
+        for (int k = 0; k < N; k++) load(rows[k] + j * C + c, d[k]);
         f(d, s);
-        for (int k = 0; k < 6; k++) store(line + k * length + e, s[k]);
+        for (int k = 0; k < 6; k++) store(line + k * length, s[k]);
     }
 }
 
@@ -372,24 +380,24 @@ constexpr bool WIDE = false;
 #endif
 constexpr int REGS = 64 / sizeof(Reg), LANES = sizeof(Reg) / 4;   // registers for 16 numbers, and numbers in one
 
-// m [R][16 N] = v [R][C] times u [N][C][16], these `apart`
-template <int R, int N> void multiply(const float* v, const float* u, long apart, float* m, long C) {
+// m [R][16 N] = v [A][R][C], each of A and each of R somewhere and `row` apart, times u [N][A][C][16], these `apart`
+template <int R, int N> void multiply(const float* const* v, long A, long row, const float* u, long apart, float* m, long C) {
     constexpr int K = N * REGS;
     Reg sum[R][K] = {};
-    for (long k = 0; k < C; k++, u += 16) {
+    for (; A; A--, v++) for (long k = 0; k < C; k++, u += 16) {
         Reg w[K];
-        #pragma GCC unroll 8
+        #pragma GCC unroll 16
         for (int n = 0; n < K; n++) load(u + n / REGS * apart + n % REGS * LANES, w[n]);
-        #pragma GCC unroll 8
+        #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
-            Reg a = Reg{} + v[r * C + k];
-            #pragma GCC unroll 8
+            Reg a = (*v)[r * row + k] - Reg{};              // in every lane
+            #pragma GCC unroll 16
             for (int n = 0; n < K; n++) sum[r][n] += a * w[n];
         }
     }
-    #pragma GCC unroll 8
+    #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
-        #pragma GCC unroll 8
+        #pragma GCC unroll 16
         for (int n = 0; n < K; n++) store(m + r * N * 16 + n * LANES, sum[r][n]);
 }
 '''
@@ -398,30 +406,29 @@ template <int R, int N> void multiply(const float* v, const float* u, long apart
 WINOGRAD = r'''
 // x [B, H, W, C]; u [36][O / 16][C][16]; y [B, H, W, O].
 template <int R, int N, class T> void winograd(const T* x, const float* u, const T* bias, T* y, long B, long H, long W, long C, long O, int threads) {
-    long h = (H + 3) / 4, w = (W + 3) / 4, rows = std::max(1L, 32 / w), tiles = (rows * w + R - 1) / R * R, K = 16 * N, length = (4 * w + 2) * C;
+    long h = (H + 3) / 4, w = (W + 3) / 4, rows = std::max(1L, 16 / w), tiles = (rows * w + R - 1) / R * R, K = 16 * N, length = (4 * w + 2) * C;
     long v_stride = tiles * C + 16, m_stride = tiles * K + 16;   // from one plane to the next
     #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> line(6 * length), v(36 * v_stride), m(36 * m_stride);
+        Floats line(6 * length), v(36 * v_stride), m(36 * m_stride);
         std::vector<T> zeros(W * C);
         #pragma omp for schedule(static)
         for (long first = 0; first < B * h; first += rows) {
             long last = std::min(first + rows, B * h);
             for (long g = first; g < last; g++) {
-                columns<6, input_transform>(x + g / h * H * W * C, zeros.data(), g % h * 4 - 1, H, W, C, &line[C], length);
-                planes_of<6, input_transform>(line.data(), length, w, C, &v[(g - first) * w * C], v_stride);
+                columns<6, input_transform>(x + g / h * H * W * C, zeros.data(), g % h * 4 - 1, H, W, C, C, line + C, length);
+                planes_of<6, input_transform>(line, length, w, C, v + (g - first) * w * C, v_stride);
             }
             for (long o = 0; o < O; o += K) {
-                for (int p = 0; p < 36; p++) for (long t = 0; t < (last - first) * w; t += R)
-                    multiply<R, N>(&v[p * v_stride + t * C], u + (p * O + o) * C, C * 16, &m[p * m_stride + t * K], C);
+                for (int p = 0; p < 36; p++) for (long t = 0; t < (last - first) * w; t += R) {
+                    const float* from = v + p * v_stride + t * C;
+                    multiply<R, N>(&from, 1, C, u + (p * O + o) * C, C * 16, m + p * m_stride + t * K, C);
+                }
                 for (long g = first; g < last; g++)
-                    output_row(&m[(g - first) * w * K], m_stride, bias ? bias + o : nullptr, y + g / h * H * W * O + o, g % h * 4, H, W, O, K);
+                    output_row(m + (g - first) * w * K, m_stride, bias ? bias + o : nullptr, y + g / h * H * W * O + o, g % h * 4, H, W, O, K);
             }
         }
     }
-}
-template <class T> void tiles(const T* x, const float* u, const T* bias, T* y, long B, long H, long W, long C, long O, int threads) {
-    (!WIDE ? winograd<6, 1, T> : O % 64 ? winograd<8, 2, T> : winograd<4, 4, T>)(x, u, bias, y, B, H, W, C, O, threads);
 }
 '''
 
@@ -432,56 +439,138 @@ inline void gradient_transform(const V* y, V* m) {
     m[0] = y[0]; m[1] = a + b; m[2] = a - b; m[3] = c + d; m[4] = c - d; m[5] = y[3];
 }
 
-// out [R][16 N] += v [n][C] times m [n][O], over n tiles: a sum of its own for each block, which loses less in float32
-template <int R, int N> __attribute__((noinline)) void add_products(const float* v, const float* m, float* out, long n, long C, long O) {
+// out [R][16 N] += v [n][R] times m [n][16 N], over n tiles: a sum of its own for each block, which loses less in float32
+template <int R, int N> __attribute__((noinline)) void add_products(const float* v, long v_row, const float* m, long m_row, float* out, long n) {
     constexpr int K = N * REGS;
     Reg sum[R][K] = {};
-    for (; n; n--, v += C, m += O) {
+    for (; n; n--, v += v_row, m += m_row) {
         Reg w[K];
-        #pragma GCC unroll 8
+        #pragma GCC unroll 16
         for (int k = 0; k < K; k++) load(m + k * LANES, w[k]);
-        #pragma GCC unroll 8
+        #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
-            Reg a = Reg{} + v[r];
-            #pragma GCC unroll 8
+            Reg a = v[r] - Reg{};
+            #pragma GCC unroll 16
             for (int k = 0; k < K; k++) sum[r][k] += a * w[k];
         }
     }
-    #pragma GCC unroll 8
+    #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
-        #pragma GCC unroll 8
-        for (int k = 0; k < K; k++) { Reg a; load(out + r * O + k * LANES, a); store(out + r * O + k * LANES, a + sum[r][k]); }
+        #pragma GCC unroll 16
+        for (int k = 0; k < K; k++) { Reg a; load(out + r * m_row + k * LANES, a); store(out + r * m_row + k * LANES, a + sum[r][k]); }
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #c5ad4370
+SUM_ROWS = r'''
+// out [n][O], a sum over `rows` of outputs. It is cut into blocks of up to `each` of n by 64 of O, and the rows into chunks;
+// f adds a chunk's share of block (part, o) to sum [K][M]. The cuts do not depend on the threads.
+template <class F> void sum_rows(long rows, long n, long each, long O, float* out, int threads, F f) {
+    long size = n * O, chunks = std::max(1L, std::min({16L, rows / 64, (1L << 21) / size})), parts = (n + each - 1) / each;
+    std::unique_ptr<V[]> sums(new V[chunks * size / 16]);
+    #pragma omp parallel num_threads(threads)
+    {
+        #pragma omp for collapse(3) schedule(dynamic)
+        for (long c = 0; c < chunks; c++) for (long p = 0; p < parts; p++) for (long o = 0; o < O; o += 64) {
+            long K = std::min(each, n - p * each), M = std::min(64L, O - o);
+            float* sum = (float*)sums.get() + c * size + p * each * O + K * o;
+            std::fill(sum, sum + K * M, 0.f);
+            f(rows * c / chunks, rows * (c + 1) / chunks, p, o, M, sum);
+        }
+        #pragma omp for collapse(2) schedule(static)
+        for (long p = 0; p < parts; p++) for (long o = 0; o < O; o += 64) {
+            long K = std::min(each, n - p * each), M = std::min(64L, O - o);
+            for (long k = 0; k < K; k++) for (long m = 0; m < M; m += 16) {
+                V sum = {}, a;
+                for (long c = 0; c < chunks; c++) { load((float*)sums.get() + c * size + p * each * O + K * o + k * M + m, a); sum += a; }
+                store(out + (p * each + k) * O + o + m, sum);
+            }
+        }
+    }
 }
 '''
 
 # %% ../nbs/03_kernels.ipynb #c5ad4371
 WINOGRAD_GRADIENT = r'''
-// x [B, H, W, C]; dy [B, H, W, O]; out [36, C, O], before G. A block of rows of tiles: its planes, then their products.
-template <class T> void tiles_gradient(const T* x, const T* dy, float* out, long B, long H, long W, long C, long O, int threads) {
-    constexpr int R = WIDE ? 8 : 4, N = WIDE ? 2 : 1;
-    long h = (H + 3) / 4, w = (W + 3) / 4, rows = std::max(1L, 128 / w), length = 4 * w + 2;
-    long v_stride = rows * w * C + 16, m_stride = rows * w * O + 16;
-    std::vector<float> v(36 * v_stride), m(36 * m_stride);
-    std::fill(out, out + 36 * C * O, 0.f);
-    #pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> reads(6 * length * C), writes(6 * length * O);
-        std::vector<T> zeros(W * std::max(C, O));
-        for (long first = 0; first < B * h; first += rows) {
-            long last = std::min(first + rows, B * h);
-            #pragma omp for schedule(static)
+// x [B, H, W, C]; dy [B, H, W, O]; out, before G: [36, 64, O] for each 64 of C, and for the rest.
+template <int R, int N, class T> void winograd_gradient(const T* x, const T* dy, float* out, long B, long H, long W, long C, long O, int threads) {
+    long h = (H + 3) / 4, w = (W + 3) / 4, rows = std::max(1L, 32 / w), length = 4 * w + 2;
+    std::vector<T> zeros(W * std::max(C, O));
+    sum_rows(B * h, 36 * C, 36 * 64, O, out, threads, [&](long first, long end, long part, long o, long M, float* sum) {
+        long c = 64 * part, K = std::min(64L, C - c), v_stride = rows * w * K + 16, m_stride = rows * w * M + 16;
+        Floats reads(6 * length * K), writes(6 * length * M), v(36 * v_stride), m(36 * m_stride);
+        for (long last; first < end; first = last) {
+            last = std::min(first + rows, end);
             for (long g = first; g < last; g++) {
                 long b = g / h, i = g % h * 4, at = (g - first) * w;
-                columns<6, input_transform>(x + b * H * W * C, zeros.data(), i - 1, H, W, C, &reads[C], length * C);
-                planes_of<6, input_transform>(reads.data(), length * C, w, C, &v[at * C], v_stride);
-                columns<4, gradient_transform>(dy + b * H * W * O, zeros.data(), i, H, W, O, &writes[0], length * O);
-                planes_of<4, gradient_transform>(writes.data(), length * O, w, O, &m[at * O], m_stride);
+                columns<6, input_transform>(x + b * H * W * C + c, zeros.data(), i - 1, H, W, C, K, reads + K, length * K);
+                planes_of<6, input_transform>(reads, length * K, w, K, v + at * K, v_stride);
+                columns<4, gradient_transform>(dy + b * H * W * O + o, zeros.data(), i, H, W, O, M, writes, length * M);
+                planes_of<4, gradient_transform>(writes, length * M, w, M, m + at * M, m_stride);
             }
-            #pragma omp for collapse(2) schedule(static)
-            for (int p = 0; p < 36; p++) for (long o = 0; o < O; o += 16 * N) for (long c = 0; c < C; c += R)
-                add_products<R, N>(&v[p * v_stride + c], &m[p * m_stride + o], out + (p * C + c) * O + o, (last - first) * w, C, O);
+            for (long p = 0; p < 36; p++) for (long s = 0; s < M; s += 16 * N) for (long k = 0; k < K; k += R)
+                add_products<R, N>(v + p * v_stride + k, K, m + p * m_stride + s, M, sum + (p * K + k) * M + s, (last - first) * w);
+        }
+    });
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #d17ec7a2
+DIRECT = r'''
+// Row i of x [H, W, C], whose column 0 comes `left` pixels after the line's begin; zeros elsewhere.
+template <class T> void read_row(const T* x, long i, long H, long W, long C, long left, float* line, long length) {
+    std::fill(line, line + length, 0.f);
+    if (i < 0 || i >= H) return;
+    long n = std::min(W * C, length - left * C), e = std::max(0L, -left * C);
+    x += i * W * C; line += left * C;
+    for (; e + 16 <= n; e += 16) { V a; load(x + e, a); store(line + e, a); }
+    for (; e < n; e++) load(x + e, line[e]);
+}
+
+// u [O / 16][A][E][C][16]; output (i, j) of h x w reads A rows from i * stride - top and E columns from j * stride - left of
+// x [B, H, W, C], and is pixel (i * step, j * step) of y [B, OH, OW, O].
+template <int R, int N, class T> void direct(const T* x, const float* u, const T* bias, T* y, long B, long H, long W, long C,
+        long h, long w, long O, long A, long E, long stride, long top, long left, long OH, long OW, long step, int threads) {
+    long across = (w + R - 1) / R * R, length = ((across - 1) * stride + std::max(E, 1L)) * C, rows = std::max(1L, 32 / across);
+    #pragma omp parallel num_threads(threads)
+    {
+        Floats lines(rows * A * length), m(R * 16 * N);
+        std::vector<const float*> from(A);
+        #pragma omp for schedule(static)
+        for (long first = 0; first < B * h; first += rows) {
+            long last = std::min(first + rows, B * h);
+            for (long g = first; g < last; g++) for (long a = 0; a < A; a++)
+                read_row(x + g / h * H * W * C, g % h * stride - top + a, H, W, C, left, lines + ((g - first) * A + a) * length, length);
+            for (long o = 0; o < O; o += 16 * N) for (long g = first; g < last; g++) for (long t = 0; t < w; t += R) {
+                for (long a = 0; a < A; a++) from[a] = lines + ((g - first) * A + a) * length + t * stride * C;
+                multiply<R, N>(from.data(), A, stride * C, u + o * A * E * C, A * E * C * 16, m, E * C);
+                T* to = y + ((g / h * OH + g % h * step) * OW + t * step) * O + o;
+                for (long r = 0; r < R && t + r < w; r++) for (int k = 0; k < 16 * N; k += 16) {
+                    V sum, b = {}; load(m + r * 16 * N + k, sum);
+                    if (bias) load(bias + o + k, b);
+                    store(to + r * step * O + k, sum + b);
+                }
+            }
         }
     }
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #d17ec7a3
+DIRECT_GRADIENT = r'''
+// dy [B, h, w, O]; out [K][K * C, or the next multiple of 8][O]
+template <int R, int N, class T> void direct_gradient(const T* x, const T* dy, float* out, long B, long H, long W, long C,
+        long h, long w, long O, long K, long stride, long pad, int threads) {
+    long depth = (K * C + 7) / 8 * 8, length = ((w - 1) * stride + K) * C + 8;
+    sum_rows(B * h, K * depth, depth, O, out, threads, [&](long first, long end, long a, long o, long M, float* sum) {
+        Floats line(length), writes(w * M);
+        for (long g = first; g < end; g++) {
+            for (long j = 0; j < w; j++) for (long k = 0; k < M; k += 16) { V a; load(dy + (g * w + j) * O + o + k, a); store(writes + j * M + k, a); }
+            read_row(x + g / h * H * W * C, g % h * stride - pad + a, H, W, C, pad, line, length);
+            for (long s = 0; s < M; s += 16 * N) for (long k = 0; k < depth; k += R)
+                add_products<R, N>(line + k, stride * C, writes + s, M, sum + k * M + s, w);
+        }
+    });
 }
 '''
 
@@ -489,150 +578,18 @@ template <class T> void tiles_gradient(const T* x, const T* dy, float* out, long
 TILES = r'''
 #define EXPORT_TILES(T, NAME) \
 extern "C" void winograd_##NAME(const T* x, const float* u, const T* bias, T* y, long B, long H, long W, long C, long O, int threads) { \
-    tiles<T>(x, u, bias, y, B, H, W, C, O, threads); } \
+    (!WIDE ? winograd<6, 1, T> : O % 32 ? winograd<16, 1, T> : O % 64 ? winograd<8, 2, T> : winograd<4, 4, T>)(x, u, bias, y, B, H, W, C, O, threads); } \
 extern "C" void winograd_gradient_##NAME(const T* x, const T* dy, float* out, long B, long H, long W, long C, long O, int threads) { \
-    tiles_gradient<T>(x, dy, out, B, H, W, C, O, threads); }
+    (!WIDE ? winograd_gradient<4, 1, T> : O % 32 ? winograd_gradient<16, 1, T> : winograd_gradient<8, 2, T>)(x, dy, out, B, H, W, C, O, threads); } \
+extern "C" void direct_##NAME(const T* x, const float* u, const T* bias, T* y, long B, long H, long W, long C, long h, long w, long O, \
+        long A, long E, long stride, long top, long left, long OH, long OW, long step, int threads) { \
+    (!WIDE ? direct<6, 1, T> : O % 32 ? direct<16, 1, T> : direct<8, 2, T>)(x, u, bias, y, B, H, W, C, h, w, O, A, E, stride, top, left, OH, OW, step, threads); } \
+extern "C" void direct_gradient_##NAME(const T* x, const T* dy, float* out, long B, long H, long W, long C, long h, long w, long O, \
+        long K, long stride, long pad, int threads) { \
+    (!WIDE ? direct_gradient<4, 1, T> : O % 32 ? direct_gradient<8, 1, T> : direct_gradient<8, 2, T>)(x, dy, out, B, H, W, C, h, w, O, K, stride, pad, threads); }
 EXPORT_TILES(float, float32)
 #if !defined(__AMX_BF16__)
 EXPORT_TILES(bf16, bfloat16)
-#endif
-'''
-
-# %% ../nbs/03_kernels.ipynb #3d9b61c2
-PAIRS = r'''
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)      // until the end of NARROW_GRADIENT; where there is AMX, oneDNN uses it
-typedef __m512i I;
-static const struct Orders {                               // of the numbers of two registers
-    I even, odd, low, high, zip;
-    Orders() {
-        int e[16], o[16], l[16], h[16]; short z[32];
-        for (int i = 0; i < 16; i++) { e[i] = 2 * i; o[i] = 2 * i + 1; l[i] = i / 2 + i % 2 * 16; h[i] = l[i] + 8; }
-        for (int i = 0; i < 32; i++) z[i] = i / 2 + i % 2 * 16;
-        even = _mm512_loadu_si512(e); odd = _mm512_loadu_si512(o); low = _mm512_loadu_si512(l); high = _mm512_loadu_si512(h);
-        zip = _mm512_loadu_si512(z);
-    }
-} ORDERS;
-inline I zip(I both) { return _mm512_permutexvar_epi16(ORDERS.zip, both); }        // a0..a15 b0..b15 to a0 b0 a1 b1 ...
-inline I round_pair(V a, V b) { return (I)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
-'''
-
-# %% ../nbs/03_kernels.ipynb #0e5d81be
-NARROW_PRODUCTS = r'''
-// 16 pixels of 16 channels: a register for two pixels, or one for two channels
-inline void step(I* r, I a, I b, int apart) {
-    #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) if (!(i & apart)) {
-        I x = r[i], y = r[i + apart];
-        r[i] = _mm512_permutex2var_epi32(x, a, y); r[i + apart] = _mm512_permutex2var_epi32(x, b, y);
-    }
-}
-inline void to_channels(I* r) { for (int k = 1; k < 8; k *= 2) step(r, ORDERS.even, ORDERS.odd, k); }
-inline void to_pixels(I* r) { for (int k = 4; k; k /= 2) step(r, ORDERS.low, ORDERS.high, k); }
-
-// y: 8 channels of 32 pixels; rows: three of the image, [8 pairs of channels][stride]; u [3][3][8 pairs][8 channels]
-__attribute__((noinline)) static void narrow_products(const int* const* rows, long stride, const int* u, I* y) {
-    __m512 left[8] = {}, right[8] = {};
-    for (int s = 0; s < 3; s++) for (int k = 0; k < 3; k++) {
-        const int* x = rows[s] + k;
-        for (int c = 0; c < 8; c++, x += stride, u += 8) {
-            __m512bh l = (__m512bh)_mm512_loadu_si512(x), r = (__m512bh)_mm512_loadu_si512(x + 16);
-            #pragma GCC unroll 8
-            for (int o = 0; o < 8; o++) {
-                __m512bh w = (__m512bh)_mm512_set1_epi32(u[o]);
-                left[o] = _mm512_dpbf16_ps(left[o], l, w); right[o] = _mm512_dpbf16_ps(right[o], r, w);
-            }
-        }
-    }
-    #pragma GCC unroll 4
-    for (int o = 0; o < 8; o += 2) {
-        y[o / 2] = zip(round_pair((V)left[o], (V)left[o + 1])); y[o / 2 + 8] = zip(round_pair((V)right[o], (V)right[o + 1]));
-    }
-}
-'''
-
-# %% ../nbs/03_kernels.ipynb #9ecce05a
-NARROW = r'''
-// x, y [B, H, W, 16], W a multiple of 32; u [2][3][3][8 pairs][8].
-extern "C" void narrow_bfloat16(const bf16* x, const int* u, bf16* y, long B, long H, long W, int threads) {
-    long stride = W + 16, size = 8 * stride;
-    #pragma omp parallel num_threads(threads)
-    {
-        std::vector<int> lines(3 * size), zeros(size);      // a line begins with the zero left of the image
-        auto line = [&](long h) { return h < 0 || h >= H ? zeros.data() : &lines[h % 3 * size]; };
-        #pragma omp for schedule(static)
-        for (long b = 0; b < B; b++) for (long h = 0; h <= H; h++) {
-            I r[16];
-            if (h < H) for (long w = 0; w < W; w += 16) {
-                for (int i = 0; i < 8; i++) r[i] = _mm512_loadu_si512(x + ((b * H + h) * W + w + 2 * i) * 16);
-                to_channels(r);
-                for (int i = 0; i < 8; i++) _mm512_storeu_si512(line(h) + i * stride + w + 1, r[i]);
-            }
-            if (h > 0) for (long w = 0; w < W; w += 32) {
-                const int* rows[3] = {line(h - 2) + w, line(h - 1) + w, line(h) + w};
-                for (int o = 0; o < 2; o++) narrow_products(rows, stride, u + o * 9 * 64, r + 4 * o);
-                to_pixels(r); to_pixels(r + 8);
-                for (int i = 0; i < 16; i++) _mm512_storeu_si512(y + ((b * H + h - 1) * W + w + 2 * i) * 16, r[i]);
-            }
-        }
-    }
-}
-'''
-
-# %% ../nbs/03_kernels.ipynb #53ac9b53
-NARROW_PLACES = r'''
-// sums [3 places][8 o][16 c] += rows of x [W + 1][16] and of dy [W / 2][16], in pairs of pixels
-__attribute__((noinline)) static void add_places(const int* x, const int* dy, long H, long W, float* sums) {
-    __m512 sum[3][8];
-    #pragma GCC unroll 3
-    for (int k = 0; k < 3; k++)
-        #pragma GCC unroll 8
-        for (int o = 0; o < 8; o++) sum[k][o] = _mm512_loadu_ps(sums + (k * 8 + o) * 16);
-    for (long h = 0; h < H; h++, x += 16) for (long w = 0; w < W; w += 2, x += 32, dy += 16) {
-        __m512bh a = (__m512bh)_mm512_loadu_si512(x), b = (__m512bh)_mm512_loadu_si512(x + 16), c = (__m512bh)_mm512_loadu_si512(x + 32);
-        #pragma GCC unroll 8
-        for (int o = 0; o < 8; o++) {
-            __m512bh g = (__m512bh)_mm512_set1_epi32(dy[o]);
-            sum[0][o] = _mm512_dpbf16_ps(sum[0][o], a, g);
-            sum[1][o] = _mm512_dpbf16_ps(sum[1][o], b, g);
-            sum[2][o] = _mm512_dpbf16_ps(sum[2][o], c, g);
-        }
-    }
-    #pragma GCC unroll 3
-    for (int k = 0; k < 3; k++)
-        #pragma GCC unroll 8
-        for (int o = 0; o < 8; o++) _mm512_storeu_ps(sums + (k * 8 + o) * 16, sum[k][o]);
-}
-'''
-
-# %% ../nbs/03_kernels.ipynb #c420a025
-NARROW_GRADIENT = r'''
-inline void store_pairs(int* to, const bf16* p, long n) { for (long i = 0; i < n; i++) _mm512_storeu_si512(to + i * 16, zip(_mm512_loadu_si512(p + i * 32))); }
-
-// x, dy [B, H, W, 16], W even; out [16, 16, 3, 3].
-extern "C" void narrow_gradient_bfloat16(const bf16* x, const bf16* dy, float* out, long B, long H, long W, int threads) {
-    long row = (W + 1) * 16, step = 4, chunks = (B + step - 1) / step, n = 9 * 16 * 16;
-    std::vector<float> part(chunks * n);                    // [2][3][3][8 o][16 c] for each chunk of images
-    #pragma omp parallel num_threads(threads)
-    {
-        std::vector<bf16> line((W + 2) * 16);
-        std::vector<int> reads((H + 2) * row), writes(H * W * 8);
-        #pragma omp for schedule(static)
-        for (long c = 0; c < chunks; c++) for (long b = c * step; b < std::min(B, (c + 1) * step); b++) {
-            for (long h = 0; h < H; h++) {
-                memcpy(&line[16], x + (b * H + h) * W * 16, W * 32);
-                for (long w = 0; w <= W; w++) store_pairs(&reads[(h + 1) * row + w * 16], &line[w * 16], 1);
-            }
-            store_pairs(&writes[0], dy + b * H * W * 16, H * W / 2);
-            for (int o = 0; o < 2; o++) for (int s = 0; s < 3; s++)
-                add_places(&reads[s * row], &writes[o * 8], H, W, &part[c * n + (o * 3 + s) * 3 * 8 * 16]);
-        }
-    }
-    for (long i = 0; i < n; i++) {
-        double sum = 0;
-        for (long c = 0; c < chunks; c++) sum += part[c * n + i];
-        out[((i / (n / 2) * 8 + i / 16 % 8) * 16 + i % 16) * 9 + i / 128 % 9] = sum;
-    }
-}
 #endif
 '''
 
@@ -674,7 +631,7 @@ EXPORT(bf16, bfloat16)
 
 # %% ../nbs/03_kernels.ipynb #31f18920
 SOURCE = "".join([NUMBERS, RELU, PLAN, STATISTICS, FORWARD, GRADIENT, BACKWARD, PLANES, ENTRIES, INPUTS, OUTPUTS, PRODUCTS, WINOGRAD,
-                  PLANE_PRODUCTS, WINOGRAD_GRADIENT, TILES, PAIRS, NARROW_PRODUCTS, NARROW, NARROW_PLACES, NARROW_GRADIENT, EXPORTS])
+                  PLANE_PRODUCTS, SUM_ROWS, WINOGRAD_GRADIENT, DIRECT, DIRECT_GRADIENT, TILES, EXPORTS])
 
 # %% ../nbs/03_kernels.ipynb #46460e3f
 def processor() -> str:
@@ -702,7 +659,7 @@ def compile_library(source:str, compiler:str) -> Path:
 # %% ../nbs/03_kernels.ipynb #2fe67a2d
 P, L, I, D = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_double
 ARGUMENTS = dict(forward=[P]*10 + [L, L, I, D, D, I, I], backward=[P]*11 + [L, L, I, I, I], entries=[P]*4 + [L]*11 + [I], winograd=[P]*4 + [L]*5 + [I],
-                 winograd_gradient=[P]*3 + [L]*5 + [I], narrow=[P]*3 + [L]*3 + [I], narrow_gradient=[P]*3 + [L]*3 + [I])
+                 winograd_gradient=[P]*3 + [L]*5 + [I], direct=[P]*4 + [L]*15 + [I], direct_gradient=[P]*3 + [L]*10 + [I])
 
 class Kernels(NamedTuple):
     "The compiled functions for one kind of number, and those for convolutions where they are the faster."
@@ -711,8 +668,8 @@ class Kernels(NamedTuple):
     entries: object
     winograd: object = None
     winograd_gradient: object = None
-    narrow: object = None
-    narrow_gradient: object = None
+    direct: object = None
+    direct_gradient: object = None
 
 def load_kernels() -> dict:   # dtype to Kernels
     "The compiled functions; raises where they cannot be built."
@@ -792,55 +749,86 @@ _GG = torch.kron(_G, _G)   # [36, 9]
 
 def transformed(weight,      # [O, C, 3, 3]
                 back=False   # for the gradient of the input
-               ):            # float32 [36, O/16, C, 16]; for 16 channels pairs of bfloat16 in int32 [2, 9, 8, 8]; O and C change places for `back`
-    "$G w G^\\top$, or the weight of 16 channels itself, in the order in which the kernel reads it."
+               ):            # float32 [36, O/16, C, 16]; O and C change places for `back`
+    "$G w G^\\top$, in the order in which the kernel reads it."
     w = weight.detach()
     if back: w = w.flip(2, 3).transpose(0, 1)
     O, C = w.shape[:2]
-    if O == 16: return w.permute(0, 2, 3, 1).contiguous().view(torch.int32).view(2, 8, 9, 8).permute(0, 2, 3, 1).contiguous()
     with torch.autocast("cpu", enabled=False): u = _GG @ w.float().permute(2, 3, 0, 1).reshape(9, -1)
     return u.view(36, O//16, 16, C).transpose(2, 3).contiguous()
 
-def _transformed(weight, back):   # kept with a frozen weight until it changes
-    if weight.requires_grad or weight.is_inference(): return transformed(weight, back)
+def phases(weight,       # [O, C, K, K]
+           stride, pad,  # of both directions
+           back=False    # for the gradient of the input
+          ) -> list:     # of (float32 [O/16, A, E, C, 16], A, E, top, left, first row, first column); O and C change places for `back`
+    "The direct convolutions that a convolution, or the gradient of its input, is made of."
+    w, places = weight.detach().float(), range(weight.shape[-1])
+    if not back: lines = [(places, pad, 0)]
+    else:   # input p = stride i + first is read by output i + (first + pad - k)/stride at place k, where that is whole
+        met = [[k for k in places[::-1] if (first + pad - k) % stride == 0] for first in range(stride)]
+        w, lines = w.transpose(0, 1), [(ks, (ks[0] - first - pad)//stride if ks else 0, first) for first,ks in enumerate(met)]
+    put = lambda rows, columns: w[:, :, rows][..., columns].unflatten(0, (-1, 16)).permute(0, 3, 4, 2, 1).contiguous()
+    return [(put([*a], [*e]), len(a), len(e), top, left, row, column) for (a, top, row),(e, left, column) in product(lines, lines)]
+
+def _kept(make, weight, *how):   # with a frozen weight until it changes
+    if weight.requires_grad or weight.is_inference(): return make(weight, *how)
     kept = vars(weight).setdefault("transformed", {})
-    if kept.get(back, (None,))[0] != weight._version: kept[back] = weight._version, transformed(weight, back)
-    return kept[back][1]
+    if kept.get((make, *how), (None,))[0] != weight._version: kept[make, *how] = weight._version, make(weight, *how)
+    return kept[make, *how][1]
 
 # %% ../nbs/03_kernels.ipynb #829fd375
-def way(dtype, weight, *geometry) -> str:   # stride, padding, dilation, groups
-    "How a convolution is computed on a CPU: in 'tiles', 'narrow' (without bias, of images a multiple of 32 wide), or by 'torch'."
-    own = (kernels() or {}).get(dtype)
-    if not own or geometry != ((1, 1), (1, 1), (1, 1), 1) or weight.shape[2:] != (3, 3): return "torch"
-    channels = weight.shape[:2]
-    if own.winograd and not any(n%32 for n in channels): return "tiles"
-    return "narrow" if own.narrow and channels == (16, 16) else "torch"
+@lru_cache(None)
+def abilities() -> dict:
+    "What this CPU can do, as PyTorch tells it."
+    return torch.cpu.get_capabilities()
+
+def multiplies_bfloat16(cpu:dict) -> bool:   # its `abilities`
+    "Whether a CPU multiplies bfloat16 faster than float32: by AMX, or by AVX512-BF16, which Intel has at half the rate of float32."
+    return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
+
+def way(dtype, weight, *geometry) -> str:
+    "How a convolution is computed on a CPU: in 'tiles', 'direct', or by 'torch'."
+    own, (stride, padding, dilation, groups) = (kernels() or {}).get(dtype), geometry
+    if not own or not own.winograd or len(weight)%16 or dilation != (1, 1) or groups != 1: return "torch"
+    if weight.shape[1]%16 == 0 and (*weight.shape[2:], *stride, *padding) == (3, 3, 1, 1, 1, 1): return "tiles"
+    square = all(len({*o}) == 1 for o in (stride, padding, weight.shape[2:]))
+    return "direct" if square and dtype == torch.bfloat16 and not multiplies_bfloat16(abilities()) else "torch"
 
 def _way(x, weight, bias, *geometry):   # of these images
     alike = all(t is None or (t.dtype, t.device) == (x.dtype, x.device) for t in (weight, bias))
     sound = alike and x.device.type == "cpu" and x.dim() == 4 and x.numel() and (bias is None or bias.is_contiguous() and bias.shape == weight.shape[:1])
     found = way(x.dtype, weight, *geometry) if sound else "torch"
-    if found == "tiles": return found if min(x.shape[2:]) > 1 else "torch"   # a tile of one pixel would be nearly empty
-    return "torch" if found == "narrow" and (x.shape[3] % 32 or bias is not None) else found
+    return "torch" if found == "tiles" and min(x.shape[2:]) == 1 else found   # a tile of one pixel would be nearly empty
 
-def _own(how, x, weight, bias=None, back=False):   # the convolution, or with `back` the gradient of its input
-    x, u, channels, own = _channels_last(x, x.dtype), _transformed(weight, back), weight.shape[int(back)], kernels()[x.dtype]
-    y = torch.empty(len(x), channels, *x.shape[2:], dtype=x.dtype, memory_format=torch.channels_last)
-    where, size = (x.data_ptr(), u.data_ptr()), (len(x), *x.shape[2:])
-    if how == "narrow": own.narrow(*where, y.data_ptr(), *size, torch.get_num_threads())
-    else: own.winograd(*where, _ptr(bias), y.data_ptr(), *size, x.shape[1], channels, torch.get_num_threads())
+# %% ../nbs/03_kernels.ipynb #829fd376
+def _own(how, x, weight, bias, size, stride=1, pad=1, back=False):   # the convolution, or with `back` the gradient of its input; size: of what comes out
+    x, channels, own = _channels_last(x, x.dtype), weight.shape[int(back)], kernels()[x.dtype]
+    y = torch.empty(len(x), channels, *size, dtype=x.dtype, memory_format=torch.channels_last)
+    where, threads, step = (len(x), *x.shape[2:], x.shape[1]), torch.get_num_threads(), stride if back else 1
+    if how == "tiles":
+        u = _kept(transformed, weight, back)
+        own.winograd(x.data_ptr(), u.data_ptr(), _ptr(bias), y.data_ptr(), *where, channels, threads)
+    else:
+        for u, A, E, top, left, row, column in _kept(phases, weight, stride, pad, back):
+            h, w = ((n - first + step - 1)//step for n,first in zip(size, (row, column)))
+            own.direct(x.data_ptr(), u.data_ptr(), _ptr(bias), y[..., row, column].data_ptr(), *where, h, w, channels,
+                       A, E, 1 if back else stride, top, left, *size, step, threads)
     return y
 
 def convolve(x, weight, bias, *geometry):
     "A convolution; what the kernels cannot take, PyTorch takes or objects to."
     how = _way(x, weight, bias, *geometry) if x.shape[1:2] == weight.shape[1:2] else "torch"
-    return torch.conv2d(x, weight, bias, *geometry) if how == "torch" else _own(how, x, weight, bias)
+    if how == "torch" or min(size := _outputs(x.shape, weight, *geometry)) < 1: return torch.conv2d(x, weight, bias, *geometry)
+    return _own(how, x, weight, bias, size, geometry[0][0], geometry[1][0])
+
+def _outputs(shape, weight, stride, padding, *_): return [(n + 2*padding[0] - weight.shape[-1])//stride[0] + 1 for n in shape[2:]]
 
 # %% ../nbs/03_kernels.ipynb #71c1b6be
 def input_gradient(g, weight, shape, *geometry):
     "The gradient of a convolution's input [`shape`], for which the input itself is not needed."
-    how = _way(g, weight, None, *geometry)
-    if how != "torch" and g.shape[1] == len(weight): return _own(how, g, weight, back=True)
+    how = _way(g, weight, None, *geometry) if g.shape[1] == len(weight) and weight.shape[1]%16 == 0 else "torch"
+    if how != "torch" and [*g.shape[2:]] == _outputs(shape, weight, *geometry):
+        return _own(how, g, weight, None, shape[2:], geometry[0][0], geometry[1][0], back=True)
     never_read = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
     return _gradients(g, never_read, weight, *geometry, of=0)
 
@@ -848,18 +836,23 @@ def _gradients(g, x, weight, stride, padding, dilation, groups, of):   # 0: of t
     return torch.ops.aten.convolution_backward(g, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
                                                [i == of for i in range(3)])[of]
 
+# %% ../nbs/03_kernels.ipynb #71c1b6bf
 def weight_gradient(g, x, weight, *geometry):
     "The gradient of a convolution's weight, in float32 where a kernel computes it."
     how, (O, C) = _way(x, weight, None, *geometry), weight.shape[:2]
-    if how == "torch" or x.shape[1] != C or g.dtype != x.dtype or g.shape != (len(x), O, *x.shape[2:]): return _gradients(g, x, weight, *geometry, of=1)
-    x, g, own = _channels_last(x, x.dtype), _channels_last(g, x.dtype), kernels()[x.dtype]
-    out = torch.empty(9 if how == "narrow" else 36, C*O, dtype=torch.float32)
-    where, size = (x.data_ptr(), g.data_ptr(), out.data_ptr()), (len(x), *x.shape[2:])
-    if how == "narrow": own.narrow_gradient(*where, *size, torch.get_num_threads())
-    else: own.winograd_gradient(*where, *size, C, O, torch.get_num_threads())
-    if how == "narrow": return out.view(O, C, 3, 3)
-    with torch.autocast("cpu", enabled=False): return (_GG.T @ out).view(3, 3, C, O).permute(3, 2, 0, 1)
+    if how == "torch" or x.shape[1] != C or g.dtype != x.dtype or g.shape != (len(x), O, *_outputs(x.shape, weight, *geometry)):
+        return _gradients(g, x, weight, *geometry, of=1)
+    x, g, own, K, (stride, pad, *_) = _channels_last(x, x.dtype), _channels_last(g, x.dtype), kernels()[x.dtype], weight.shape[-1], geometry
+    out = torch.empty(36, C*O) if how == "tiles" else torch.empty(K, -(-K*C//8)*8, O)
+    pointers, where, threads = (x.data_ptr(), g.data_ptr(), out.data_ptr()), (len(x), *x.shape[2:], C), torch.get_num_threads()
+    if how == "direct":
+        own.direct_gradient(*pointers, *where, *g.shape[2:], O, K, stride[0], pad[0], threads)
+        return out[:, :K*C].reshape(K, K, C, O).permute(3, 2, 0, 1)
+    own.winograd_gradient(*pointers, *where, O, threads)
+    with torch.autocast("cpu", enabled=False): dw = [(_GG.T @ part.view(36, -1)).view(3, 3, -1, O) for part in out.view(-1, O).split(36*64)]
+    return torch.cat(dw, 2).permute(3, 2, 0, 1)
 
+# %% ../nbs/03_kernels.ipynb #71c1b6c0
 class LeanConv(torch.autograd.Function):
     "A convolution that keeps its input only where its weight trains."
     @staticmethod

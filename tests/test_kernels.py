@@ -107,7 +107,7 @@ def test_what_does_not_fit_goes_to_the_definition():
 @pytest.mark.parametrize("bias", [None, torch.randn(32)])
 @pytest.mark.parametrize("stride,size", [(1, 3), (2, 3), (2, 1)])
 def test_a_frozen_convolution_keeps_only_its_weight(stride, size, bias):
-    x, w, kept = torch.randn(4, 16, 8, 8).contiguous(**BIG).requires_grad_(), torch.randn(32, 16, size, size).contiguous(**BIG), []
+    x, w, kept = torch.randn(4, 8, 8, 8).contiguous(**BIG).requires_grad_(), torch.randn(32, 8, size, size).contiguous(**BIG), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         y = LeanConv.apply(x, w, bias, (stride,)*2, (size//2,)*2, (1, 1), 1)
     want = torch.conv2d(x, w, bias, stride, size//2)
@@ -117,8 +117,6 @@ def test_a_frozen_convolution_keeps_only_its_weight(stride, size, bias):
 
 
 needs_tiles = pytest.mark.skipif(not kernels() or not kernels()[torch.bfloat16].winograd, reason="no kernels here, or AMX, which needs no tiles for bfloat16")
-needs_narrow = pytest.mark.skipif(not kernels() or not kernels()[torch.bfloat16].narrow, reason="no bfloat16 products here, or AMX")
-def tiled(*shape): return pytest.param(shape, marks=needs_narrow if shape[1] == 16 else needs_tiles)
 SAME = (1, 1), (1, 1), (1, 1), 1   # stride, padding, dilation, groups
 
 def tile_case(B, C, O, H, W):
@@ -126,7 +124,7 @@ def tile_case(B, C, O, H, W):
     x, w, dy = torch.randn(B, C, H, W, generator=g), torch.randn(O, C, 3, 3, generator=g)*(2/(9*C))**.5, torch.randn(B, O, H, W, generator=g)
     return [t.bfloat16().contiguous(**BIG) for t in (x, w, dy)] + [torch.randn(O, generator=g).bfloat16()]
 
-WINOGRAD = (3, 32, 32, 2, 3), (2, 32, 64, 5, 7), (9, 64, 32, 8, 8), (3, 96, 160, 9, 4), (1, 64, 128, 33, 56), (70, 32, 32, 2, 2), (3, 160, 96, 3, 6)
+WINOGRAD = (3, 32, 32, 2, 3), (2, 32, 64, 5, 7), (9, 64, 32, 8, 8), (3, 96, 160, 9, 4), (1, 64, 128, 33, 56), (70, 32, 32, 2, 2), (3, 160, 96, 3, 6), (5, 16, 16, 32, 32), (3, 16, 48, 9, 5)
 
 @needs_kernels
 @pytest.mark.parametrize("shape", (*WINOGRAD, (64, 32, 32, 32, 32)), ids=str)
@@ -145,31 +143,58 @@ def follow(shape):
 @pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86")
 def test_convolutions_without_long_registers(tmp_path):
     "The same on a processor without AVX-512, as the compiler is told."
-    code = "import test_kernels as t\nassert not t.kernels()[t.torch.bfloat16].narrow\nfor s in t.WINOGRAD: t.follow(s)"
+    code = "import test_kernels as t\nfor s in t.WINOGRAD: t.follow(s)\nfor s in t.DIRECT: t.follow_direct(s)"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True,
                           env=os.environ | {"CXX": "g++ -mno-avx512f", "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
 
-@pytest.mark.parametrize("shape", [tiled(*s) for s in (*WINOGRAD, (3, 16, 16, 1, 32), (5, 16, 16, 32, 32), (2, 16, 16, 9, 96), (9, 16, 16, 2, 64))], ids=str)
+@needs_tiles
+@pytest.mark.parametrize("shape", WINOGRAD, ids=str)
 def test_convolutions_of_bfloat16_against_float64(shape):
     "Within two roundings to bfloat16 (0.0017 each)."
     x, w, dy, bias = tile_case(*shape)
-    narrow = shape[1] == 16
-    assert way(x.dtype, w, *SAME) == ("narrow" if narrow else "tiles")
-    wanted = [t.requires_grad_() for t in ((x, w) if narrow else (x, w, bias))]
-    got = LeanConv.apply(*wanted, *[None]*narrow, *SAME)
+    assert way(x.dtype, w, *SAME) == "tiles"
+    wanted = [t.requires_grad_() for t in (x, w, bias)]
+    got = LeanConv.apply(*wanted, *SAME)
     got = got, *torch.autograd.grad(got, wanted, dy)
     exact = [t.detach().double().requires_grad_() for t in wanted]
-    want = torch.conv2d(*exact, *[None]*narrow, 1, 1)
+    want = torch.conv2d(*exact, 1, 1)
     want = want, *torch.autograd.grad(want, exact, dy.double())
     for a, b in zip(got, want): assert (a.double() - b).norm() < .0034 * b.norm()
     assert (weight_gradient(dy, x, w, *SAME).double() - want[2]).norm() < 1e-5*want[2].norm()   # nothing is rounded on the way
 
-@pytest.mark.parametrize("shape", [tiled(37, 64, 96, 6, 10), tiled(37, 16, 16, 5, 32)], ids=str)
+# images, input and output channels, height and width, places, stride, padding
+DIRECT = ((5, 3, 16, 32, 32, 3, 1, 1), (5, 16, 32, 32, 32, 3, 2, 1), (3, 32, 64, 15, 9, 3, 2, 1), (3, 16, 32, 9, 8, 1, 2, 0), (2, 64, 256, 7, 5, 1, 1, 0),
+          (2, 3, 64, 30, 33, 7, 2, 3), (3, 48, 16, 7, 6, 5, 3, 2), (2, 80, 112, 8, 8, 2, 2, 0), (3, 16, 16, 6, 4, 3, 1, 2), (70, 16, 16, 3, 3, 1, 3, 2))
+
+def follow_direct(shape):
+    "The kernels themselves: `way` asks for them only where they are the faster."
+    B, C, O, H, W, K, stride, pad = shape
+    g, how = torch.Generator().manual_seed(0), ((stride,)*2, (pad,)*2, (1, 1), 1)
+    x, w, bias = torch.randn(B, C, H, W, generator=g), torch.randn(O, C, K, K, generator=g)/(C*K*K)**.5, torch.randn(O, generator=g)
+    exact = [t.bfloat16().double().requires_grad_() for t in (x, w, bias)]
+    want = torch.conv2d(*exact, stride, pad)
+    dy = torch.randn(want.shape, generator=g).bfloat16().contiguous(**BIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnonly.kernels.abilities", dict)
+        x, w, bias = wanted = [t.detach().bfloat16().contiguous(**BIG if t.dim() == 4 else {}).requires_grad_() for t in exact]
+        assert way(x.dtype, w, *how) == "direct"
+        got = LeanConv.apply(x, w, bias, *how)
+        got = (got, *torch.autograd.grad(got, wanted, dy), weight_gradient(dy, x, w, *how))
+    want = (want, *torch.autograd.grad(want, exact, dy.double()))
+    for a, b in zip(got, want): assert a.shape == b.shape and (a.double() - b).norm() < .0034 * b.norm()
+    assert (got[-1].double() - want[2]).norm() < 1e-5*want[2].norm()
+
+@needs_tiles
+@pytest.mark.parametrize("shape", DIRECT, ids=str)
+def test_direct_convolutions_against_float64(shape):
+    follow_direct(shape)
+
+@needs_tiles
+@pytest.mark.parametrize("shape", [(37, 64, 96, 6, 10), (37, 16, 16, 5, 32)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=needs_kernels)], ids=str)
 def test_convolutions_depend_neither_on_threads_nor_on_other_images(shape, dtype):
     x, w, dy, bias = (t.to(dtype) for t in tile_case(*shape))
-    bias = bias if shape[1] > 16 else None
     if way(dtype, w, *SAME) == "torch": pytest.skip("left to PyTorch, which may sum in another order for another batch")
     n, results = torch.get_num_threads(), []
     for threads in (3, 2, 1):
@@ -179,32 +204,33 @@ def test_convolutions_depend_neither_on_threads_nor_on_other_images(shape, dtype
     assert all(torch.equal(a, b) for other in results[1:] for a,b in zip(results[0], other))
     assert all(torch.equal(convolve(x[i:i+1], w, bias, *SAME), results[0][0][i:i+1]) for i in (0, 20, 36))
 
-@pytest.mark.parametrize("shape", [tiled(2, 32, 32, 6, 6), tiled(2, 16, 16, 6, 32)], ids=str)
-def test_weights_are_transformed_once_and_again_when_they_change(shape):
-    x, w, _, _ = tile_case(*shape)
-    with torch.inference_mode(): before = convolve(x, w, None, *SAME)
-    assert torch.equal(convolve(x, w, None, *SAME), before)
-    kept = w.transformed[False][1]
-    convolve(x, w, None, *SAME)
-    assert w.transformed[False][1] is kept
-    with torch.inference_mode(): assert torch.equal(convolve(x, w.clone(), None, *SAME), before)
+@needs_tiles
+@pytest.mark.parametrize("stride", [1, 2])
+def test_weights_are_transformed_once_and_again_when_they_change(stride, monkeypatch):
+    monkeypatch.setattr("bnonly.kernels.abilities", dict)
+    (x, w, _, _), how = tile_case(2, 32, 32, 6, 6), ((stride,)*2, *SAME[1:])
+    with torch.inference_mode(): before = convolve(x, w, None, *how)
+    assert torch.equal(convolve(x, w, None, *how), before)
+    (key, (_, kept)), = w.transformed.items()
+    convolve(x, w, None, *how)
+    assert w.transformed[key][1] is kept
+    with torch.inference_mode(): assert torch.equal(convolve(x, w.clone(), None, *how), before)
     w.put_(torch.tensor([5, 700]), torch.tensor([9., -9.]).bfloat16())
-    after, want = convolve(x, w, None, *SAME).float(), torch.conv2d(x, w, None, 1, 1).float()
+    after, want = convolve(x, w, None, *how).float(), torch.conv2d(x, w, None, *how).float()
     assert (after - want).norm() < .01*want.norm() < .1*(after - before).norm()
 
 @needs_tiles
-def test_what_the_kernels_cannot_take_is_left_to_pytorch():
+def test_what_the_kernels_cannot_take_is_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr("bnonly.kernels.abilities", lambda: dict(avx512_bf16=True))
     x, w, _, bias = tile_case(1, 32, 32, 6, 6)
-    for dtype, weight, *geometry in ((torch.float64, w, *SAME), (torch.float32, w[:16, :16], *SAME), (x.dtype, w, (2, 2), *SAME[1:]), (x.dtype, w, (1, 1), (0, 0), (1, 1), 1),
-                                     (x.dtype, w, *SAME[:2], (2, 2), 1), (x.dtype, w[:, :16], *SAME), (x.dtype, w[:16], *SAME),
+    for dtype, weight, *geometry in ((torch.float64, w, *SAME), (torch.float32, w[:24], *SAME), (x.dtype, w, (2, 2), *SAME[1:]), (x.dtype, w, (1, 1), (0, 0), (1, 1), 1),
+                                     (x.dtype, w, *SAME[:2], (2, 2), 1), (x.dtype, w[:, :24], *SAME), (x.dtype, w[:24], *SAME),
                                      (x.dtype, w[..., :1, :1], *SAME), (x.dtype, w, *SAME[:3], 2)):
         assert way(dtype, weight, *geometry) == "torch"
-    for case,with_bias in (((2, 16, 16, 4, 24), False), ((2, 16, 16, 4, 32), True)):   # too narrow an image; a bias
-        a, v, dy, b = tile_case(*case)
-        leaves, b = [a.requires_grad_(), v.requires_grad_()], b if with_bias else None
-        ours, theirs = LeanConv.apply(a, v, b, *SAME), torch.conv2d(a, v, b, 1, 1)
-        assert torch.equal(ours, theirs)
-        for p, q in zip(torch.autograd.grad(ours, leaves, dy), torch.autograd.grad(theirs, leaves, dy)): assert (p - q).norm() < .01*q.norm()
+    monkeypatch.setattr("bnonly.kernels.abilities", dict)
+    for weight, *geometry in ((w, (2, 1), *SAME[1:]), (w, *SAME[:2], (2, 2), 1), (w[..., :2], *SAME), (w[:, :8], *SAME[:3], 4), (w[:24], *SAME)):
+        assert way(x.dtype, weight, *geometry) == "torch"
+    with pytest.raises(RuntimeError): convolve(x[..., :2], w, bias, (2, 2), (0, 0), (1, 1), 1)   # smaller than the weight
     assert torch.equal(convolve(x[0], w, bias, *SAME), torch.conv2d(x[0], w, bias, *SAME))   # no batch
     assert convolve(x[:0], w, bias, *SAME).shape == (0, 32, 6, 6)
     for wrong in ((x, w.repeat(1, 2, 1, 1), bias), (x.repeat(1, 2, 1, 1), w, bias), (x, w, bias.float())):
@@ -213,7 +239,7 @@ def test_what_the_kernels_cannot_take_is_left_to_pytorch():
 
 @needs_tiles
 def test_a_convolution_that_trains_goes_by_tiles_under_autocast_alone():
-    net = accelerate(torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.Conv2d(32, 32, 3, padding=1)), torch.bfloat16)
+    net = accelerate(torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3, padding=1, groups=2), torch.nn.Conv2d(32, 32, 3, padding=1)), torch.bfloat16)
     assert ["forward" in vars(m) for m in net] == [False, True]
     x = torch.randn(64, 16, 8, 8).contiguous(**BIG)
     plain = net(x)

@@ -198,13 +198,23 @@ def test_a_trained_network_is_let_go():
 @pytest.mark.parametrize("cpu,arch,answer", [
     (dict(avx512_bf16=True, amx_bf16=True, cpu_name="Intel Xeon"), "resnet14", True),
     (dict(avx512_bf16=True, amx_bf16=True, cpu_name="Intel Xeon"), "mlp4-784", True),
-    (dict(avx512_bf16=True, amx_bf16=False, cpu_name="Intel Xeon"), "resnet14", False),
+    (dict(avx512_f=True, avx512_bf16=True, amx_bf16=False, cpu_name="Intel Xeon"), "resnet14", True),
+    (dict(avx512_f=True, avx512_bf16=True, amx_bf16=False, cpu_name="Intel Xeon"), "mlp4-784", False),
+    (dict(avx512_f=True), "resnet14", True),
+    (dict(avx512_f=True), "lenet5", False),
     (dict(avx512_bf16=True, amx_bf16=False, cpu_name="AMD Zen5"), "resnet14", True),
     (dict(avx512_bf16=True, amx_bf16=False, cpu_name="AMD Zen5"), "mlp4-784", False),
     (dict(avx512_bf16=True, amx_bf16=False, cpu_name="AMD Zen5"), "lenet5", False),
     (dict(), "resnet14", False)])
-def test_where_bfloat16_pays(cpu, arch, answer):
+def test_where_bfloat16_pays(cpu, arch, answer, monkeypatch):
+    monkeypatch.setattr("bnonly.train.kernels", lambda: {})
     assert pays(cpu, arch) is answer
+
+
+def test_bfloat16_as_storage_pays_with_kernels_alone(monkeypatch):
+    monkeypatch.setattr("bnonly.train.kernels", lambda: None)
+    assert not pays(dict(avx512_f=True, avx512_bf16=True, cpu_name="Intel Xeon"), "resnet14")
+    assert pays(dict(avx512_f=True, avx512_bf16=True, cpu_name="AMD Zen5"), "resnet14")
 
 
 def test_a_run_that_a_callback_ends_early_has_no_record():
