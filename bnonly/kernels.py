@@ -786,19 +786,23 @@ def multiplies_bfloat16(cpu:dict) -> bool:   # its `abilities`
     "Whether a CPU multiplies bfloat16 faster than float32: by AMX, or by AVX512-BF16, which Intel has at half the rate of float32."
     return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
 
-def way(dtype, weight, *geometry) -> str:
+def way(dtype, weight, *geometry,
+        few=False   # too few tiles to transform anything for
+       ) -> str:
     "How a convolution is computed on a CPU: in 'tiles', 'direct', or by 'torch'."
     own, (stride, padding, dilation, groups) = (kernels() or {}).get(dtype), geometry
     if not own or not own.winograd or len(weight)%16 or dilation != (1, 1) or groups != 1: return "torch"
-    if weight.shape[1]%16 == 0 and (*weight.shape[2:], *stride, *padding) == (3, 3, 1, 1, 1, 1): return "tiles"
+    if not few and weight.shape[1]%16 == 0 and (*weight.shape[2:], *stride, *padding) == (3, 3, 1, 1, 1, 1): return "tiles"
     square = all(len({*o}) == 1 for o in (stride, padding, weight.shape[2:]))
     return "direct" if square and dtype == torch.bfloat16 and not multiplies_bfloat16(abilities()) else "torch"
 
-def _way(x, weight, bias, *geometry):   # of these images
+def _way(x, size, weight, bias, *geometry):   # of these images, or this gradient; size: of the outputs
     alike = all(t is None or (t.dtype, t.device) == (x.dtype, x.device) for t in (weight, bias))
-    sound = alike and x.device.type == "cpu" and x.dim() == 4 and x.numel() and (bias is None or bias.is_contiguous() and bias.shape == weight.shape[:1])
-    found = way(x.dtype, weight, *geometry) if sound else "torch"
-    return "torch" if found == "tiles" and min(x.shape[2:]) == 1 else found   # a tile of one pixel would be nearly empty
+    sound = alike and x.device.type == "cpu" and x.dim() == 4 and x.numel() and min(size) > 0
+    if not sound or not (bias is None or bias.is_contiguous() and bias.shape == weight.shape[:1]): return "torch"
+    few = min(size) == 1 or weight.requires_grad and len(x) * -(-size[0]//4) * -(-size[1]//4) < 256
+    found = way(x.dtype, weight, *geometry, few=few)
+    return "torch" if found == "direct" and size[1] < 5 else found   # eight neighbours are multiplied at a time
 
 # %% ../nbs/03_kernels.ipynb #829fd376
 def _own(how, x, weight, bias, size, stride=1, pad=1, back=False):   # the convolution, or with `back` the gradient of its input; size: of what comes out
@@ -811,14 +815,15 @@ def _own(how, x, weight, bias, size, stride=1, pad=1, back=False):   # the convo
     else:
         for u, A, E, top, left, row, column in _kept(phases, weight, stride, pad, back):
             h, w = ((n - first + step - 1)//step for n,first in zip(size, (row, column)))
-            own.direct(x.data_ptr(), u.data_ptr(), _ptr(bias), y[..., row, column].data_ptr(), *where, h, w, channels,
+            if h > 0 and w > 0: own.direct(x.data_ptr(), u.data_ptr(), _ptr(bias), y[..., row, column].data_ptr(), *where, h, w, channels,
                        A, E, 1 if back else stride, top, left, *size, step, threads)
     return y
 
 def convolve(x, weight, bias, *geometry):
     "A convolution; what the kernels cannot take, PyTorch takes or objects to."
-    how = _way(x, weight, bias, *geometry) if x.shape[1:2] == weight.shape[1:2] else "torch"
-    if how == "torch" or min(size := _outputs(x.shape, weight, *geometry)) < 1: return torch.conv2d(x, weight, bias, *geometry)
+    size = _outputs(x.shape, weight, *geometry)
+    how = _way(x, size, weight, bias, *geometry) if x.shape[1:2] == weight.shape[1:2] else "torch"
+    if how == "torch": return torch.conv2d(x, weight, bias, *geometry)
     return _own(how, x, weight, bias, size, geometry[0][0], geometry[1][0])
 
 def _outputs(shape, weight, stride, padding, *_): return [(n + 2*padding[0] - weight.shape[-1])//stride[0] + 1 for n in shape[2:]]
@@ -826,7 +831,7 @@ def _outputs(shape, weight, stride, padding, *_): return [(n + 2*padding[0] - we
 # %% ../nbs/03_kernels.ipynb #71c1b6be
 def input_gradient(g, weight, shape, *geometry):
     "The gradient of a convolution's input [`shape`], for which the input itself is not needed."
-    how = _way(g, weight, None, *geometry) if g.shape[1] == len(weight) and weight.shape[1]%16 == 0 else "torch"
+    how = _way(g, g.shape[2:], weight, None, *geometry) if g.shape[1] == len(weight) and weight.shape[1]%16 == 0 else "torch"
     if how != "torch" and [*g.shape[2:]] == _outputs(shape, weight, *geometry):
         return _own(how, g, weight, None, shape[2:], geometry[0][0], geometry[1][0], back=True)
     never_read = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)
@@ -839,7 +844,7 @@ def _gradients(g, x, weight, stride, padding, dilation, groups, of):   # 0: of t
 # %% ../nbs/03_kernels.ipynb #71c1b6bf
 def weight_gradient(g, x, weight, *geometry):
     "The gradient of a convolution's weight, in float32 where a kernel computes it."
-    how, (O, C) = _way(x, weight, None, *geometry), weight.shape[:2]
+    how, (O, C) = _way(x, g.shape[2:], weight, None, *geometry), weight.shape[:2]
     if how == "torch" or x.shape[1] != C or g.dtype != x.dtype or g.shape != (len(x), O, *_outputs(x.shape, weight, *geometry)):
         return _gradients(g, x, weight, *geometry, of=1)
     x, g, own, K, (stride, pad, *_) = _channels_last(x, x.dtype), _channels_last(g, x.dtype), kernels()[x.dtype], weight.shape[-1], geometry
@@ -936,9 +941,7 @@ def _conv_forward(m, dtype, x):
     "The forward pass of a convolution."
     trains = m.weight.requires_grad or m.bias is not None and m.bias.requires_grad
     if trains and torch.is_autocast_enabled("cpu") == (dtype == torch.float32): return nn.Conv2d.forward(m, x)
-    if m.weight.requires_grad:
-        vars(m).pop("_rounded", None)   # what an optimizer moves may raise no version
-        if x.dim() == 4 and len(x) * -(-x.shape[2]//4) * -(-x.shape[3]//4) < 256: return nn.Conv2d.forward(m, x)   # too few tiles to transform it for
+    if m.weight.requires_grad: vars(m).pop("_rounded", None)   # what an optimizer moves may raise no version
     weight = m.weight if m.weight.requires_grad else _low(m, m.weight, dtype)
     how = weight, _bias(m, dtype), *geometry(m)
     return LeanConv.apply(x.to(dtype), *how) if trains or x.requires_grad else convolve(x.to(dtype), *how)
