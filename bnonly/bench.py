@@ -131,18 +131,18 @@ def open_lth(arch, policy, x, y, folder):
 PEERS = dict(bnonly=ours, fastai=plain_fastai, torch=plain_torch, open_lth=open_lth)
 
 # %% ../nbs/05_bench.ipynb #6c09fb50
-IDEAS = ("a plain loop", "batches made on the device", "channels last", "bfloat16", "BatchNorm, residual and ReLU in one",
-         "frozen convolutions keep only their weight", "3x3 convolutions in our kernels", "freed memory kept")
+IDEAS = ("a plain loop", "batches made on the device", "channels last", "BatchNorm, residual and ReLU in one",
+         "frozen convolutions keep only their weight", "convolutions in our kernels", "bfloat16", "freed memory kept")
 
 def loop(n, arch, policy, x, y):
     "A loop with the first n ideas."
     if n == 0: return plain_torch(arch, policy, x, y)
     device = default_device()
-    dtype, model = default_dtype(device, arch) if n > 2 else torch.float32, freeze(create_model(arch), policy).to(device)
+    dtype, model = default_dtype(device, arch) if n > 5 else torch.float32, freeze(create_model(arch), policy).to(device)
     if n > 1: model = model.to(memory_format=torch.channels_last)
-    if 3 < n < 6 and kernels(): kernels()[dtype] = kernels()[dtype]._replace(winograd=None)   # in this process
-    if n > 3: accelerate(model, dtype)
-    if n == 4: [m.__dict__.pop("forward", None) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    if 2 < n < 5 and kernels(): kernels()[dtype] = kernels()[dtype]._replace(winograd=None)   # in this process
+    if n > 2: accelerate(model, dtype)
+    if n == 3: [m.__dict__.pop("forward", None) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     if n > 6: keep_memory()
     opt = torch.optim.SGD(trainable(model).values(), lr=.1, momentum=.9, weight_decay=1e-4)
     batches, _ = loaders(as_data(x, y), 128, 0, device)
@@ -150,7 +150,7 @@ def loop(n, arch, policy, x, y):
         ends = []
         for a,b in islice(chain.from_iterable(repeat(batches)), total):
             opt.zero_grad()
-            with torch.autocast(device.type, dtype, enabled=n > 2): out = model(a if n > 1 else a.contiguous())
+            with torch.autocast(device.type, dtype, enabled=n > 5): out = model(a if n > 1 else a.contiguous())
             F.cross_entropy(out.float(), b).backward()
             opt.step()
             tick(ends, total)
@@ -240,7 +240,8 @@ def work(arch, policy, batch=128, dtype=torch.float32) -> tuple:   # floating-po
         spared[0] += 2 * out.numel()//out.shape[1] * (whole.numel() - entries.numel())
     def tile(m, args, out):   # forward, and backward to the input and to a weight that trains: 36 products for 16 outputs
         (H, W), whole = out.shape[2:], 2*out.numel()*m.weight[0].numel()
-        kept = whole if min(H, W) < 2 else whole//(9*H*W) * 36 * -(-H//4) * -(-W//4)
+        few = min(H, W) < 2 or m.weight.requires_grad and batch * -(-H//4) * -(-W//4) < 256   # as `03_kernels` decides
+        kept = whole if few else whole//(9*H*W) * 36 * -(-H//4) * -(-W//4)
         spared[0] += (1 + args[0].requires_grad + (m.weight.requires_grad and not few(m))) * (whole - kept)
     for m in model.modules():
         if isinstance(m, BatchNormAct): m.register_forward_hook(count)

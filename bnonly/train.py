@@ -144,8 +144,10 @@ def pays(cpu:dict,   # its `abilities`
          arch:str) -> bool:
     "Whether a CPU trains a network faster in bfloat16 than in float32: it multiplies faster, or moves half the bytes to our kernels."
     if cpu.get("amx_bf16"): return True
-    if parse_arch(arch).family in ("mlp", "lenet"): return False
-    return multiplies_bfloat16(cpu) or bool(cpu.get("avx512_f")) and kernels() is not None
+    family, _, width = parse_arch(arch)
+    if family in ("mlp", "lenet"): return False
+    ours = kernels() is not None and family != "efficientnet" and width % 1 == 0   # convolutions of multiples of 16 channels
+    return multiplies_bfloat16(cpu) or bool(cpu.get("avx512_f")) and ours
 
 def default_dtype(device:torch.device, arch:str) -> torch.dtype:
     "bfloat16 where it is faster than float32."
