@@ -240,9 +240,10 @@ def work(arch, policy, batch=128, dtype=torch.float32) -> tuple:   # floating-po
         spared[0] += 2 * out.numel()//out.shape[1] * (whole.numel() - entries.numel())
     def tile(m, args, out):   # forward, and backward to the input and to a weight that trains: 36 products for 16 outputs
         (H, W), whole = out.shape[2:], 2*out.numel()*m.weight[0].numel()
-        torchs = min(H, W) < 2 or m.weight.requires_grad and batch * -(-H//4) * -(-W//4) < 256   # as `03_kernels` decides
+        trains = m.weight.requires_grad and not few(m)
+        torchs = min(H, W) < 2 or trains and batch * -(-H//4) * -(-W//4) < 256   # as `03_kernels` decides
         kept = whole if torchs else whole//(9*H*W) * 36 * -(-H//4) * -(-W//4)
-        spared[0] += (1 + args[0].requires_grad + (m.weight.requires_grad and not few(m))) * (whole - kept)
+        spared[0] += (1 + args[0].requires_grad + trains) * (whole - kept)
     for m in model.modules():
         if isinstance(m, BatchNormAct): m.register_forward_hook(count)
         if few(m): m.register_forward_hook(spare)
