@@ -140,6 +140,7 @@ def default_device() -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"BNONLY_DEVICE {name!r} cannot be used here ({str(e).splitlines()[0]}); say 'cpu', or leave it out.") from None
 
+# %% ../nbs/04_train.ipynb #9154b045
 def pays(cpu:dict,   # its `abilities`
          arch:str) -> bool:
     "Whether a CPU trains a network faster in bfloat16 than in float32: it multiplies faster, or moves half the bytes to our kernels."
@@ -155,6 +156,7 @@ def default_dtype(device:torch.device, arch:str) -> torch.dtype:
     else: own = device.type == "cpu" and pays(abilities(), arch)
     return torch.bfloat16 if own else torch.float32
 
+# %% ../nbs/04_train.ipynb #9154b046
 def prepare(model, device, dtype):
     "Move a model to where and how it trains."
     if device.type == "cpu": keep_memory()
