@@ -203,6 +203,8 @@ def test_a_trained_network_is_let_go():
     (dict(avx512_f=True), "resnet14", True),
     (dict(avx512_f=True), "lenet5", False),
     (dict(avx512_f=True), "efficientnet-b0", False),
+    (dict(avx512_f=True), "resnet50", False),
+    (dict(avx512_f=True), "vgg16", True),
     (dict(avx512_f=True), "wrn8-0.125", False),
     (dict(avx512_bf16=True, amx_bf16=False, cpu_name="AMD Zen5"), "resnet14", True),
     (dict(avx512_bf16=True, amx_bf16=False, cpu_name="AMD Zen5"), "mlp4-784", False),
