@@ -231,7 +231,7 @@ def rates(dtype:torch.dtype) -> tuple:   # multiply-adds times two a second; byt
     return best(lambda: a@a, 2*2048**3), best(lambda: c.copy_(b), 2*b.nbytes)
 
 def work(arch, policy, batch=128, dtype=torch.float32) -> tuple:   # floating-point operations, numbers moved
-    "What one step has to compute and to move; with Winograd's tiles where there are any, whose products are float32 in any case."
+    "What one step has to compute and to move; with Winograd's tiles where numbers of this kind have any, whose products are float32 in any case."
     from torch.utils.flop_counter import FlopCounterMode
     model, moved, spared, cpu = freeze(create_model(arch), policy), [0], [0], default_device().type == "cpu"
     def count(m, args, out): moved[0] += out.numel() * (8 + 2*(len(args) > 1))
@@ -240,14 +240,13 @@ def work(arch, policy, batch=128, dtype=torch.float32) -> tuple:   # floating-po
         spared[0] += 2 * out.numel()//out.shape[1] * (whole.numel() - entries.numel())
     def tile(m, args, out):   # forward, and backward to the input and to a weight that trains: 36 products for 16 outputs
         (H, W), whole = out.shape[2:], 2*out.numel()*m.weight[0].numel()
-        trains = m.weight.requires_grad and not few(m)
-        torchs = min(H, W) < 2 or trains and batch * -(-H//4) * -(-W//4) < 256   # as `03_kernels` decides
-        kept = whole if torchs else whole//(9*H*W) * 36 * -(-H//4) * -(-W//4)
-        spared[0] += (1 + args[0].requires_grad + trains) * (whole - kept)
+        weight = m.parametrizations.weight[0].base if few(m) else m.weight
+        if way(dtype, weight, *geometry(m), images=batch, size=(H, W)) != "tiles": return
+        spared[0] += (1 + args[0].requires_grad + weight.requires_grad) * (whole - whole//(9*H*W) * 36 * -(-H//4) * -(-W//4))
     for m in model.modules():
         if isinstance(m, BatchNormAct): m.register_forward_hook(count)
         if few(m): m.register_forward_hook(spare)
-        if cpu and isinstance(m, torch.nn.Conv2d) and way(dtype, m.weight, *geometry(m)) == "tiles": m.register_forward_hook(tile)
+        if cpu and isinstance(m, torch.nn.Conv2d): m.register_forward_hook(tile)
     with FlopCounterMode(display=False) as flops:
         model(torch.randn(2, 3, 32, 32)).square().mean().backward()
     return (flops.get_total_flops() - spared[0]) * batch/2, moved[0] * batch/2
@@ -291,8 +290,9 @@ def bench(archs=ARCHS, policies=TRAINS,
           rounds:int=3,        # turns of each candidate
           say=print            # called with each row, whose `bound` knows the best rates so far
          ) -> dict:            # the record
-    "Time every candidate on every network and policy, and keep the record; `ValueError` for a name that does not exist."
+    "Time every candidate on every network and policy, and keep the record; `ValueError` for a name that does not exist, or no rounds."
     for a,p in product(archs, policies): parse_arch(a), parse_policy(p)
+    if rounds < 1: raise ValueError(f"rounds {rounds} measures nothing; it must be 1 or more.")
     if open_lth and not (Path(open_lth)/"models/registry.py").exists():
         raise ValueError(f"--open-lth {open_lth!r} has no models/registry.py; name a checkout of github.com/facebookresearch/open_lth.")
     best, rows = (0, 0), []   # the best rates of all that are measured, one time for each row
@@ -313,7 +313,8 @@ def keep(what, rows, device=None, **rest) -> dict:
 
 # %% ../nbs/05_bench.ipynb #df39b854
 def bench_ideas(arch:str="resnet14", policies=("bn", "all"), rounds:int=4, say=print) -> dict:   # the record
-    "Time what each idea gives, and keep the record."
+    "Time what each idea gives, and keep the record; `ValueError` for no rounds."
+    if rounds < 1: raise ValueError(f"rounds {rounds} measures nothing; it must be 1 or more.")
     rows = []
     with processes([*IDEAS, "bnonly"]) as found:
         for p in policies:

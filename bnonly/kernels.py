@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACKWARD', 'PLANES', 'ENTRIES', 'INPUTS', 'OUTPUTS',
-           'PRODUCTS', 'WINOGRAD', 'PLANE_PRODUCTS', 'SUM_ROWS', 'WINOGRAD_GRADIENT', 'DIRECT', 'DIRECT_GRADIENT',
-           'TILES', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain', 'processor',
-           'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act', 'transformed', 'phases',
-           'abilities', 'multiplies_bfloat16', 'way', 'convolve', 'input_gradient', 'weight_gradient', 'LeanConv',
-           'FewEntries', 'LeanPool', 'geometry', 'few', 'accelerate', 'keep_memory']
+           'PRODUCTS', 'WINOGRAD', 'PLANE_PRODUCTS', 'SUM_ROWS', 'WINOGRAD_GRADIENT', 'ROWS', 'DIRECT',
+           'DIRECT_GRADIENT', 'TILES', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain',
+           'processor', 'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act',
+           'transformed', 'phases', 'abilities', 'multiplies_bfloat16', 'way', 'convolve', 'input_gradient',
+           'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'geometry', 'few', 'accelerate', 'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
 import ctypes, hashlib, os, platform, shlex, shutil, subprocess, sys, tempfile
@@ -468,21 +468,21 @@ SUM_ROWS = r'''
 template <class F> void sum_rows(long rows, long n, long each, long O, float* out, int threads, F f) {
     long size = n * O, chunks = std::max(1L, std::min({16L, rows / 64, (1L << 21) / size})), parts = (n + each - 1) / each;
     std::unique_ptr<V[]> sums(new V[chunks * size / 16]);
+    auto block = [&](long c, long p, long o) { return (float*)sums.get() + c * size + p * each * O + std::min(each, n - p * each) * o; };
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for collapse(3) schedule(dynamic)
         for (long c = 0; c < chunks; c++) for (long p = 0; p < parts; p++) for (long o = 0; o < O; o += 64) {
             long K = std::min(each, n - p * each), M = std::min(64L, O - o);
-            float* sum = (float*)sums.get() + c * size + p * each * O + K * o;
-            std::fill(sum, sum + K * M, 0.f);
-            f(rows * c / chunks, rows * (c + 1) / chunks, p, o, M, sum);
+            std::fill(block(c, p, o), block(c, p, o) + K * M, 0.f);
+            f(rows * c / chunks, rows * (c + 1) / chunks, p, o, M, block(c, p, o));
         }
         #pragma omp for collapse(2) schedule(static)
         for (long p = 0; p < parts; p++) for (long o = 0; o < O; o += 64) {
             long K = std::min(each, n - p * each), M = std::min(64L, O - o);
             for (long k = 0; k < K; k++) for (long m = 0; m < M; m += 16) {
                 V sum = {}, a;
-                for (long c = 0; c < chunks; c++) { load((float*)sums.get() + c * size + p * each * O + K * o + k * M + m, a); sum += a; }
+                for (long c = 0; c < chunks; c++) { load(block(c, p, o) + k * M + m, a); sum += a; }
                 store(out + (p * each + k) * O + o + m, sum);
             }
         }
@@ -515,8 +515,8 @@ template <int R, int N, class T> void winograd_gradient(const T* x, const T* dy,
 }
 '''
 
-# %% ../nbs/03_kernels.ipynb #d17ec7a2
-DIRECT = r'''
+# %% ../nbs/03_kernels.ipynb #d17ec7a0
+ROWS = r'''
 // Row i of x [H, W, C], whose column 0 comes `left` pixels after the line's begin; zeros elsewhere.
 template <class T> void read_row(const T* x, long i, long H, long W, long C, long left, float* line, long length) {
     std::fill(line, line + length, 0.f);
@@ -527,28 +527,46 @@ template <class T> void read_row(const T* x, long i, long H, long W, long C, lon
     for (; e < n; e++) load(x + e, line[e]);
 }
 
+// v [w][size]: what each output of a row reads, `run` numbers of each of A lines, `step` after the last; up to 15 more are written.
+inline void gather(const float* lines, long length, long A, long run, long step, long w, long size, float* v) {
+    for (long j = 0; j < w; j++) for (long a = 0; a < A; a++) for (long e = 0; e < run; e += 16) {
+        V n; load(lines + a * length + j * step + e, n); store(v + j * size + a * run + e, n);
+    }
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #d17ec7a2
+DIRECT = r'''
 // u [O / 16][A][E][C][16]; output (i, j) of h x w reads A rows from i * stride - top and E columns from j * stride - left of
 // x [B, H, W, C], and is pixel (i * step, j * step) of y [B, OH, OW, O].
 template <int R, int N, class T> void direct(const T* x, const float* u, const T* bias, T* y, long B, long H, long W, long C,
         long h, long w, long O, long A, long E, long stride, long top, long left, long OH, long OW, long step, int threads) {
-    long across = (w + R - 1) / R * R, length = ((across - 1) * stride + std::max(E, 1L)) * C, rows = std::max(1L, 32 / across);
+    bool wide = w >= 8;                                     // else R neighbours lie in several rows
+    long across = wide ? (w + R - 1) / R * R : w, length = ((across - 1) * stride + E) * C, rows = std::max(1L, 32 / across);
+    long size = A * E * C, lines_of = A * length;
     #pragma omp parallel num_threads(threads)
     {
-        Floats lines(rows * A * length), m(R * 16 * N);
-        std::vector<const float*> from(A);
+        Floats lines(rows * lines_of + 16), v(wide ? 0 : (rows * w + R) * size + 16), m(R * 16 * N);
+        std::vector<const float*> from(A + 1);
         #pragma omp for schedule(static)
         for (long first = 0; first < B * h; first += rows) {
             long last = std::min(first + rows, B * h);
-            for (long g = first; g < last; g++) for (long a = 0; a < A; a++)
-                read_row(x + g / h * H * W * C, g % h * stride - top + a, H, W, C, left, lines + ((g - first) * A + a) * length, length);
-            for (long o = 0; o < O; o += 16 * N) for (long g = first; g < last; g++) for (long t = 0; t < w; t += R) {
-                for (long a = 0; a < A; a++) from[a] = lines + ((g - first) * A + a) * length + t * stride * C;
-                multiply<R, N>(from.data(), A, stride * C, u + o * A * E * C, A * E * C * 16, m, E * C);
-                T* to = y + ((g / h * OH + g % h * step) * OW + t * step) * O + o;
-                for (long r = 0; r < R && t + r < w; r++) for (int k = 0; k < 16 * N; k += 16) {
-                    V sum, b = {}; load(m + r * 16 * N + k, sum);
-                    if (bias) load(bias + o + k, b);
-                    store(to + r * step * O + k, sum + b);
+            for (long g = first; g < last; g++) {
+                float* at = lines + (g - first) * lines_of;
+                for (long a = 0; a < A; a++) read_row(x + g / h * H * W * C, g % h * stride - top + a, H, W, C, left, at + a * length, length);
+                if (!wide) gather(at, length, A, E * C, stride * C, w, size, v + (g - first) * w * size);
+            }
+            for (long o = 0; o < O; o += 16 * N) for (long q = 0, g = first, j = 0; q < (last - first) * across; q += R) {
+                if (wide) for (long a = 0; a < A; a++) from[a] = lines + (g - first) * lines_of + a * length + j * stride * C;
+                else from[0] = v + q * size;
+                multiply<R, N>(from.data(), wide ? A : 1, wide ? stride * C : size, u + o * size, size * 16, m, wide ? E * C : size);
+                for (long r = 0; r < R; r++) {
+                    if (g < last && j < w) for (long k = 0; k < 16 * N; k += 16) {
+                        V sum, b = {}; load(m + r * 16 * N + k, sum);
+                        if (bias) load(bias + o + k, b);
+                        store(y + ((g / h * OH + g % h * step) * OW + j * step) * O + o + k, sum + b);
+                    }
+                    if (++j == across) j = 0, g++;
                 }
             }
         }
@@ -561,14 +579,21 @@ DIRECT_GRADIENT = r'''
 // dy [B, h, w, O]; out [K][K * C, or the next multiple of 8][O]
 template <int R, int N, class T> void direct_gradient(const T* x, const T* dy, float* out, long B, long H, long W, long C,
         long h, long w, long O, long K, long stride, long pad, int threads) {
-    long depth = (K * C + 7) / 8 * 8, length = ((w - 1) * stride + K) * C + 8;
+    bool wide = w >= 8;
+    long depth = (K * C + 7) / 8 * 8, rows = wide ? 1 : 32 / w, length = ((w - 1) * stride + K) * C;
     sum_rows(B * h, K * depth, depth, O, out, threads, [&](long first, long end, long a, long o, long M, float* sum) {
-        Floats line(length), writes(w * M);
-        for (long g = first; g < end; g++) {
-            for (long j = 0; j < w; j++) for (long k = 0; k < M; k += 16) { V a; load(dy + (g * w + j) * O + o + k, a); store(writes + j * M + k, a); }
-            read_row(x + g / h * H * W * C, g % h * stride - pad + a, H, W, C, pad, line, length);
+        Floats line(length + 16), v(wide ? 0 : rows * w * depth + 16), m(rows * w * M);
+        for (long last; first < end; first = last) {
+            last = std::min(first + rows, end);
+            for (long g = first; g < last; g++) {
+                read_row(x + g / h * H * W * C, g % h * stride - pad + a, H, W, C, pad, line, length);
+                if (!wide) gather(line, length, 1, K * C, stride * C, w, depth, v + (g - first) * w * depth);
+                for (long j = (g - first) * w; j < (g - first + 1) * w; j++) for (long k = 0; k < M; k += 16) {
+                    V n; load(dy + (first * w + j) * O + o + k, n); store(m + j * M + k, n);
+                }
+            }
             for (long s = 0; s < M; s += 16 * N) for (long k = 0; k < depth; k += R)
-                add_products<R, N>(line + k, stride * C, writes + s, M, sum + k * M + s, w);
+                add_products<R, N>((wide ? line : v) + k, wide ? stride * C : depth, m + s, M, sum + k * M + s, (last - first) * w);
         }
     });
 }
@@ -633,7 +658,7 @@ EXPORT(bf16, bfloat16)
 
 # %% ../nbs/03_kernels.ipynb #31f18920
 SOURCE = "".join([NUMBERS, RELU, PLAN, STATISTICS, FORWARD, GRADIENT, BACKWARD, PLANES, ENTRIES, INPUTS, OUTPUTS, PRODUCTS, WINOGRAD,
-                  PLANE_PRODUCTS, SUM_ROWS, WINOGRAD_GRADIENT, DIRECT, DIRECT_GRADIENT, TILES, EXPORTS])
+                  PLANE_PRODUCTS, SUM_ROWS, WINOGRAD_GRADIENT, ROWS, DIRECT, DIRECT_GRADIENT, TILES, EXPORTS])
 
 # %% ../nbs/03_kernels.ipynb #46460e3f
 def processor() -> str:
@@ -753,24 +778,26 @@ def transformed(weight,      # [O, C, 3, 3]
                 back=False   # for the gradient of the input
                ):            # float32 [36, O/16, C, 16]; O and C change places for `back`
     "$G w G^\\top$, in the order in which the kernel reads it."
-    w = weight.detach()
-    if back: w = w.flip(2, 3).transpose(0, 1)
-    O, C = w.shape[:2]
-    with torch.autocast("cpu", enabled=False): u = _GG @ w.float().permute(2, 3, 0, 1).reshape(9, -1)
-    return u.view(36, O//16, 16, C).transpose(2, 3).contiguous()
+    (w, *_), *_ = phases(weight, 1, 1, back)
+    with torch.autocast("cpu", enabled=False): u = _GG @ w.permute(1, 2, 0, 3, 4).reshape(9, -1)
+    return u.view(36, len(w), -1, 16)
 
 def phases(weight,       # [O, C, K, K]
            stride, pad,  # of both directions
            back=False    # for the gradient of the input
           ) -> list:     # of (float32 [O/16, A, E, C, 16], A, E, top, left, first row, first column); O and C change places for `back`
     "The direct convolutions that a convolution, or the gradient of its input, is made of."
-    w, places = weight.detach().float(), range(weight.shape[-1])
+    w, places = weight.detach(), range(weight.shape[-1])
     if not back: lines = [(places, pad, 0)]
     else:   # input p = stride i + first is read by output i + (first + pad - k)/stride at place k, where that is whole
         met = [[k for k in places[::-1] if (first + pad - k) % stride == 0] for first in range(stride)]
         w, lines = w.transpose(0, 1), [(ks, (ks[0] - first - pad)//stride if ks else 0, first) for first,ks in enumerate(met)]
-    put = lambda rows, columns: w[:, :, rows][..., columns].unflatten(0, (-1, 16)).permute(0, 3, 4, 2, 1).contiguous()
-    return [(put([*a], [*e]), len(a), len(e), top, left, row, column) for (a, top, row),(e, left, column) in product(lines, lines)]
+    if back: w = w.flip(2, 3)
+    at = lambda ks: slice(places[-1] - ks[0], None, stride) if back and ks else slice(len(ks))
+    def put(rows, columns):
+        part = w[:, :, at(rows), at(columns)].unflatten(0, (-1, 16)).permute(0, 3, 4, 2, 1)
+        return torch.empty(part.shape).copy_(part)   # in one go, to float32 as well
+    return [(put(a, e), len(a), len(e), top, left, row, column) for (a, top, row),(e, left, column) in product(lines, lines)]
 
 def _kept(make, weight, *how):   # with a frozen weight until it changes
     if weight.requires_grad or weight.is_inference(): return make(weight, *how)
@@ -790,22 +817,26 @@ def multiplies_bfloat16(cpu:dict) -> bool:   # its `abilities`
     return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""))
 
 def way(dtype, weight, *geometry,
-        few=False   # too few tiles to transform anything for
+        images=None, size=None   # how many, and rows and columns of the outputs; None: many and large
        ) -> str:
     "How a convolution is computed on a CPU: in 'tiles', 'direct', or by 'torch'."
     own, (stride, padding, dilation, groups) = (kernels() or {}).get(dtype), geometry
     if not own or not own.winograd or len(weight)%16 or not len(weight) or dilation != (1, 1) or groups != 1: return "torch"
-    if not few and weight.shape[1]%16 == 0 and (*weight.shape[2:], *stride, *padding) == (3, 3, 1, 1, 1, 1): return "tiles"
+    if size and min(size) == 1 < weight.shape[-1]: return "torch"   # which leaves out the border
     square = all(len({*o}) == 1 for o in (stride, padding, weight.shape[2:]))
-    return "direct" if square and own.direct and not multiplies_bfloat16(abilities()) else "torch"
+    direct = "direct" if square and own.direct and not multiplies_bfloat16(abilities()) else "torch"
+    if weight.shape[1]%16 or (*weight.shape[2:], *stride, *padding) != (3, 3, 1, 1, 1, 1): return direct
+    if not size: return "tiles"
+    tiles = -(-size[0]//4) * -(-size[1]//4)
+    empty = size[0]*size[1] <= 4*tiles   # mostly: as many products as without tiles
+    few = weight.requires_grad and (empty or images*tiles < 64)
+    return direct if few or empty and direct != "torch" else "tiles"
 
 def _way(x, size, weight, bias, *geometry):   # of these images, or this gradient; size: of the outputs
     alike = all(t is None or (t.dtype, t.device) == (x.dtype, x.device) for t in (weight, bias))
     sound = alike and x.device.type == "cpu" and x.dim() == 4 and x.numel() and min(size) > 0
     if not sound or not (bias is None or bias.is_contiguous() and bias.shape == weight.shape[:1]): return "torch"
-    few = min(size) == 1 or weight.requires_grad and len(x) * -(-size[0]//4) * -(-size[1]//4) < 256
-    found = way(x.dtype, weight, *geometry, few=few)
-    return "torch" if found == "direct" and size[1] < 5 else found   # eight neighbours are multiplied at a time
+    return way(x.dtype, weight, *geometry, images=len(x), size=size)
 
 # %% ../nbs/03_kernels.ipynb #829fd376
 def _own(how, x, weight, bias, size, stride=1, pad=1, back=False):   # the convolution, or with `back` the gradient of its input; size: of what comes out

@@ -162,7 +162,8 @@ def test_convolutions_of_bfloat16_against_float64(shape):
 
 # images, input and output channels, height and width, places, stride, padding
 DIRECT = ((5, 3, 16, 32, 32, 3, 1, 1), (5, 16, 32, 32, 32, 3, 2, 1), (3, 32, 64, 15, 9, 3, 2, 1), (3, 16, 32, 1, 10, 1, 2, 0), (2, 64, 256, 7, 5, 1, 1, 0),
-          (2, 3, 64, 30, 33, 7, 2, 3), (3, 48, 16, 7, 13, 5, 3, 2), (2, 80, 112, 8, 14, 2, 2, 0), (3, 16, 16, 6, 4, 3, 1, 2), (9, 16, 16, 3, 11, 1, 3, 2))
+          (2, 3, 64, 30, 33, 7, 2, 3), (3, 48, 16, 7, 13, 5, 3, 2), (2, 80, 112, 8, 14, 2, 2, 0), (3, 16, 16, 6, 4, 3, 1, 2), (9, 16, 16, 3, 11, 1, 3, 2),
+          (41, 32, 48, 4, 4, 3, 2, 1), (37, 16, 32, 2, 2, 3, 1, 1), (5, 3, 16, 3, 9, 3, 2, 1), (40, 16, 32, 5, 2, 1, 2, 0))
 
 def follow_direct(shape):
     "The kernels themselves: `way` asks for them only where they are the faster."
@@ -264,13 +265,25 @@ def test_a_convolution_that_trains_goes_by_tiles_under_autocast_alone():
 
 
 @needs_kernels
-@pytest.mark.parametrize("images,tiles", [(63, False), (64, True)])
+@pytest.mark.parametrize("images,tiles", [(15, False), (16, True)])
 def test_a_weight_that_trains_is_transformed_for_enough_tiles(images, tiles, monkeypatch):
     layer, made = accelerate(torch.nn.Conv2d(32, 32, 3, padding=1, bias=False), torch.float32), []
     monkeypatch.setattr("bnonly.kernels.transformed", lambda *args: (made.append(1), transformed(*args))[1])
     y = layer(torch.randn(images, 32, 8, 8).contiguous(**BIG).requires_grad_())
     y.backward(torch.ones_like(y))
     assert len(made) == 2*tiles   # forward, and for the gradient of the input
+
+
+@needs_tiles
+def test_small_outputs_go_by_what_leaves_least_empty(monkeypatch):
+    _, w, _, _ = tile_case(1, 32, 32, 6, 6)
+    how = lambda trains, images, *size: way(w.dtype, w.detach().requires_grad_(trains), *SAME, images=images, size=size)
+    for cpu, small in (dict(), "direct"), (dict(amx_bf16=True), "torch"):
+        monkeypatch.setattr("bnonly.kernels.abilities", lambda: cpu)
+        assert [how(t, 128, *size) for t in (False, True) for size in ((8, 8), (4, 4), (2, 10))] == ["tiles"]*6
+        assert how(True, 15, 8, 8) == how(True, 128, 2, 2) == small
+        assert how(False, 128, 2, 2) == ("tiles" if small == "torch" else small)
+        assert how(False, 128, 1, 9) == how(True, 128, 1, 1) == "torch"
 
 
 @needs_kernels
