@@ -50,7 +50,9 @@ def capture(f, device:torch.device, warm_up:int=3):   # a function that does wha
 # %% ../nbs/03_graph.ipynb #7ccacd2d
 ALONE = threading.Lock()   # one capture at a time, where several runs share a GPU and the generators
 
-def moving(model) -> list: return [p for p in model.parameters() if p.requires_grad]
+def moving(model) -> list:   # of parameters
+    "What a step moves."
+    return [p for p in model.parameters() if p.requires_grad]
 
 def state(learn) -> list:   # tensors
     "Everything that a step changes."

@@ -35,7 +35,9 @@ class Later(ModuleType):
     def __dir__(self): return dir(import_module(self.__name__))
     def __reduce__(self): return import_module, (self.__name__,)
 
-def later(module, function, *args, **kwargs): return getattr(import_module(module), function)(*args, **kwargs)
+def later(module, function, *args, **kwargs):
+    "Call a function of a module that is imported now."
+    return getattr(import_module(module), function)(*args, **kwargs)
 
 @contextmanager
 def deferred(package:str, *names:str):   # e.g. 'fastai', 'scipy.stats'
@@ -82,10 +84,21 @@ from .penalties import Embedding, regularizers
 from .policies import counts, freeze, load_moved, moved, trainable
 
 # %% ../nbs/04_train.ipynb #7a3f1037
-def step(t): return 0.1**((t >= 1/2) + (t >= 3/4))
-def imagenet(t): return min(1, t*90/5) * 0.1**((t >= 30/90) + (t >= 60/90) + (t >= 80/90))
-def constant(t): return 1.
-def cosine(t): return (1 + math.cos(math.pi*t)) / 2
+def step(t):
+    "CIFAR-10 (Appendix B.1): a tenth at one half and three quarters."
+    return 0.1**((t >= 1/2) + (t >= 3/4))
+
+def imagenet(t):
+    "ImageNet (Appendix B.2): up over 5 of 90 epochs, a tenth after 30, 60 and 80."
+    return min(1, t*90/5) * 0.1**((t >= 30/90) + (t >= 60/90) + (t >= 80/90))
+
+def constant(t):
+    "The same throughout."
+    return 1.
+
+def cosine(t):
+    "Dauphin and Cubuk (2021, section 4.2): down to zero."
+    return (1 + math.cos(math.pi*t)) / 2
 
 LR = dict(step=step, imagenet=imagenet, cosine=cosine, constant=constant)   # name to a factor on the learning rate after a fraction t of all steps
 
@@ -161,9 +174,20 @@ def prepare(model, device, dtype):
     "Move a model to where and how it trains."
     if device.type == "cpu": keep_memory()
     model = accelerate(model.to(device, memory_format=torch.channels_last), dtype)
+    if (device.type, dtype) == ("cpu", torch.bfloat16):
+        for m in model.modules():
+            square = type(m) is torch.nn.Conv2d and m.dilation == (1, 1) and m.padding_mode == "zeros" and not isinstance(m.padding, str)
+            if square and m.weight.requires_grad and all(p < k for p,k in zip(m.padding, m.kernel_size)): m.forward = partial(_one_pixel, m, m.forward)
     if dtype != torch.float32: model.forward = partial(_rounded, model, device.type, dtype)
     model.prepared = str(dtype).removeprefix("torch.")
     return model
+
+def _one_pixel(conv, forward, x):
+    "A convolution of an image of one pixel uses one place of its weight; PyTorch 2.15 writes no gradient at some of the others, in bfloat16 on a CPU."
+    y = forward(x)
+    if x.shape[2:] != (1, 1) or y.shape[2:] != (1, 1): return y
+    (h, w), one = conv.padding, slice(None)
+    return F.conv2d(x, conv.weight[one, one, h:h+1, w:w+1], conv.bias, groups=conv.groups)
 
 def _rounded(model, kind, dtype, x):
     "The forward pass of a network with its convolutions in `dtype`."
@@ -176,11 +200,11 @@ loss_func.y_int = True   # fastai's MixUp asks
 def learner(spec:Spec,                        # the run
             data=None,                        # as `load_data` gives it, to share it between runs
             cbs=(),                           # further fastai callbacks
-            device:torch.device|None=None,    # default: the accelerator if there is one
+            device:torch.device|str|None=None,    # default: the accelerator if there is one
             dtype:torch.dtype|None=None       # of the convolutions; default: bfloat16 where it is faster
            ) -> Learner:
     "A fastai Learner with the network, the data and the paper's recipe of `spec`."
-    data, device = data or load_data(spec.data), device or default_device()
+    data, device = data or load_data(spec.data), torch.device(device or default_device())
     model = create_model(spec.arch, **shape(data), init=spec.init, bn_init=spec.bn_init, seed=spec.seed, norm=spec.norm, act=spec.act)
     model = prepare(freeze(model, spec.policy, spec.seed), device, dtype or default_dtype(device, spec.arch))
     opt = partial(sgd, momentum=spec.momentum, weight_decay=spec.weight_decay)
@@ -465,13 +489,13 @@ def fit(spec:Spec,                       # the run
         study:str="scratch",             # the folder under runs/ that keeps its record
         data=None,                       # as `load_data` gives it, to share it between runs
         cbs=(),                          # further fastai callbacks
-        device:torch.device|None=None,   # default: the accelerator if there is one
+        device:torch.device|str|None=None,   # default: the accelerator if there is one
         dtype:torch.dtype|None=None,     # of the convolutions; default: bfloat16 where it is faster
         say=None                         # called with a line about progress, at most every ten seconds
        ) -> dict:                        # the record, as record.json holds it
     "Train a run and keep its record; at once where it is complete. `BrokenRecord` where the record was changed."
     if record := agreed(load_record(folder := run_dir(spec, study))): return record
-    device = device or default_device()
+    device = torch.device(device or default_device())
     dtype = dtype or default_dtype(device, spec.arch)
     with Claim(folder) as claim:
         if not rank_distrib(): claim.wait(say or print)
@@ -491,12 +515,13 @@ def finish(spec, learn, journal, data, dtype, callbacks) -> dict|None:   # None 
         raise RuntimeError(f"{spec.key} ended after {len(journal.rows)} of {spec.epochs} epochs, so it has no record; fit it again to go on.")
     left_out = gathered(["/".join(Path(p).parts[-3:]) for dl in learn.dls for p in getattr(dl, "broken", ())])
     if rank_distrib(): return
-    write(journal.folder/"moved.safetensors", safetensors.torch.save(
-        {n: t.detach().cpu().contiguous() for n,t in moved(learn.model).items()}, dict(spec=json.dumps(spec.__dict__))))
+    ended = {n: t.detach().cpu().contiguous() for n,t in moved(learn.model).items()}
+    finite = not journal.diverged and all(t.isfinite().all() for t in ended.values())
+    write(journal.folder/"moved.safetensors", safetensors.torch.save(ended, dict(spec=json.dumps(spec.__dict__))))
     sizes, last = counts(learn.model).loc["all"], journal.rows[-1]
     told = dict(undecodable=dict(count=len(left_out), names=named(left_out, 20))) if left_out else {}
     record = seal(journal.folder, dict(
-        spec=spec.__dict__, status="diverged" if journal.diverged else "complete",
+        spec=spec.__dict__, status="complete" if finite else "diverged",
         final={k: v if math.isfinite(v) else None for k,v in last.items() if k not in ("lr", "seconds")},
         counts={k: int(v) for k,v in sizes.items()}, images=data.label, data_digest=data.digest, **told,
         shape=shape(data), dtype=str(dtype).split(".")[-1],
@@ -509,10 +534,10 @@ def finish(spec, learn, journal, data, dtype, callbacks) -> dict|None:   # None 
 def fit_many(specs:list[Spec],                # the runs
              study:str="scratch",             # the folder under runs/ that keeps their records
              at_once:int=5,                   # how many share the device
-             device:torch.device|None=None    # default: the accelerator if there is one
+             device:torch.device|str|None=None    # default: the accelerator if there is one
             ) -> list[dict]:                  # their records
     "`fit` several runs at once on one device."
-    device = device or default_device()
+    device = torch.device(device or default_device())
     kernels()   # built once, before the threads
     data = {name: load_data(name).to(device) for name in {s.data for s in specs}}
     def one(spec):

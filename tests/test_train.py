@@ -1,4 +1,5 @@
 "One run, from every door a user can come through."
+import copy
 import gc
 import os
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from bnonly.data import load_data
 from bnonly.experiment import BrokenRecord, Spec, load_record, results, run_dir
 from bnonly.features import restore
-from bnonly.train import Journal, Run, fit, learner, load_state, pays, save_state
+from bnonly.train import Journal, Run, fit, learner, load_state, pays, prepare, save_state
 from fastai.callback.core import Callback
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +95,24 @@ def test_a_record_that_was_cut_off_is_refused_and_kept():
     with pytest.raises(BrokenRecord, match="cut off or edited"):
         fit(TINY)
     assert len(file.read_text()) == 100
+
+
+def test_an_image_of_one_pixel_leaves_no_gradient_unwritten():
+    "PyTorch 2.15 writes nothing at some places of such a weight's gradient, in bfloat16 on a CPU."
+    conv, x = torch.nn.Conv2d(64, 64, 3, 2, 1), torch.randn(32, 64, 1, 1)
+    made, want = prepare(torch.nn.Sequential(copy.deepcopy(conv)), torch.device("cpu"), torch.bfloat16), conv(x)
+    got = made(x)
+    assert (got - want).norm() < .01*want.norm()
+    for t, model in ((got.float(), made), (want, conv)): t.square().sum().backward()
+    (weight, bias), (w, b) = made.parameters(), conv.parameters()
+    assert (weight.grad - w.grad).norm() < .02*w.grad.norm() and (bias.grad - b.grad).norm() < .02*b.grad.norm()
+
+
+def test_a_run_that_ends_with_nan_in_its_weights_is_not_complete():
+    class Spoil(Callback):
+        order = 70
+        def after_fit(self): self.learn.model.get_parameter("fc.bias").data[0] = float("nan")
+    assert fit(Spec(arch="resnet8", policy="all", epochs=1), cbs=[Spoil()], device="cpu")["status"] == "diverged"
 
 
 def test_divergence_is_a_result():
