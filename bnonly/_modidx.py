@@ -150,6 +150,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'bnonly.claims._odd': ('claims.html#_odd', 'bnonly/claims.py'),
                                'bnonly.claims._of_channels': ('claims.html#_of_channels', 'bnonly/claims.py'),
                                'bnonly.claims._over': ('claims.html#_over', 'bnonly/claims.py'),
+                               'bnonly.claims._share': ('claims.html#_share', 'bnonly/claims.py'),
                                'bnonly.claims._shown': ('claims.html#_shown', 'bnonly/claims.py'),
                                'bnonly.claims._single': ('claims.html#_single', 'bnonly/claims.py'),
                                'bnonly.claims._size': ('claims.html#_size', 'bnonly/claims.py'),

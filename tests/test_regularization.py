@@ -166,7 +166,7 @@ def test_fixups_scalars_learn_at_a_tenth():
 
 
 def test_the_first_step_of_fixup_does_not_depend_on_the_depth():
-    fixup, plain = ([at_start(norm, d, steps=1)["change"] for d in (10, 28, 46)] for norm in ("fixup", "none"))
+    fixup, plain = ([at_start(norm, d, steps=1, lr=1e-9)["change"] for d in (10, 28, 46)] for norm in ("fixup", "none"))
     assert np.ptp(fixup) < 1e-9 and .1 < fixup[0] < 10 and plain[0] < .1*plain[1] < .01*plain[2]
 
 
@@ -294,6 +294,11 @@ def test_claims_of_dauphin_and_cubuk_follow_the_one_rule():
     share = {("fixup", "", 0): (72., 72.), ("batch", "", 0): (76., 76.), ("fixup+single", "", 0): (74.8, 74.8)}
     imagenet = "ImageNet", 90, "imagenet", "resnet50"
     assert said("dc-single-share", made(share, *imagenet)) == "reproduced"
+    spread = {k: (v[0] - s, v[1] + s) for s, (k, v) in zip((.1, .2, .3), share.items())}   # of two: standard errors of .1, .2 and .3
+    item, = next(c for c in REGULARIZATION if c.id == "dc-single-share").measure(made(spread, *imagenet))
+    assert item.se == pytest.approx(25*(.3**2*.1**2 + .7**2*.2**2 + .3**2)**.5)
+    assert said("dc-fl2-cifar", made({("fixup", "", 0): (92., 96.), ("fixup", "functional_l2", .1): (93., 95.)})) == "undecided on CIFAR-10, 200 epochs, 2 of 10 seeds"
+    assert not any(c.id.endswith("-wide") or c.id.startswith("dc-stronger") and c.on[1] != "ImageNet" for c in REGULARIZATION)   # the text has these of ImageNet alone
     match = lambda by: made({("batch", "", 0): (76.,), ("fixup", "embedding_l2", .1): (76. - by,)}, *imagenet)
     assert said("dc-match-imagenet", match(.4)) == "holds on ImageNet, 90 epochs, 1 of 2 seeds"
     assert said("dc-match-imagenet", match(1.8)) == "does not hold on ImageNet, 90 epochs, 1 of 2 seeds"
