@@ -4,17 +4,20 @@ import random
 import resource
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from bnonly import portable
-from bnonly.experiment import write
+from bnonly.experiment import Spec, write
 from bnonly.models import build, create_model, role_sizes, roles
 from bnonly.policies import counts, dense, freeze, trainable
 from bnonly.portable import LIMIT, load_portable, read, save_portable, serialize
 from torch import nn
 from torch.nn import functional as F
 
+ROOT = Path(__file__).parents[1]
 CASES = 10_000
 PREFIX = 8
 
@@ -263,3 +266,13 @@ def test_an_output_that_shares_its_weight_is_not_forgotten():
     assert counts(freeze(Tied(), "norm")).loc["all", "trainable"] == 8
     with pytest.raises(ValueError, match="'output' trains nothing of Tied, whose roles are conv, norm; the nearest is 'norm'"):
         freeze(Tied(), "norm+output")
+
+
+def test_the_shelfs_cifar10_is_the_record_it_names():
+    "runs/portable/cifar10 holds seed 0 of runs/short, bit for bit."
+    _, made, vectors = read(ROOT / "runs/portable/cifar10.safetensors")
+    spec = Spec(arch="resnet14", data="cifar10", epochs=16)
+    kept = safetensors.torch.load_file(ROOT / "runs/short" / spec.key / "moved.safetensors")
+    record = portable.pack(kept, portable.layout(*(made[k] for k in ("arch", "num_classes", "in_channels", "policy"))))
+    assert (made["arch"], made["policy"], made["seed"]) == (spec.arch, spec.policy, spec.seed)
+    assert record.keys() == vectors.keys() and all(torch.equal(vectors[v], t) for v, t in record.items())
