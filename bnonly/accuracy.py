@@ -9,7 +9,7 @@ __all__ = ['SCENE', 'DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL',
            'table1', 'tableC1', 'drawn', 'save', 'rounded', 'draw_table', 'plain_table', 'save_table', 'Line', 'Layout',
            'points', 'gaps', 'papers', 'told', 'accuracy_panel', 'seeds', 'corner', 'footnote', 'legend', 'empty',
            'images', 'accuracy_figure', 'Fit', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs',
-           'fig10', 'verdict', 'ordering']
+           'fig10', 'verdict', 'ordering', 'shown']
 
 # %% ../nbs/07_accuracy.ipynb #df5f7ece
 import textwrap
@@ -200,13 +200,12 @@ def drawn(fig:plt.Figure) -> pd.DataFrame:   # panel, kind, label, color, x, tic
 # %% ../nbs/07_accuracy.ipynb #913436c5
 def save(fig:plt.Figure,   # to keep
          name:str,         # e.g. 'fig02'
-         study:str,        # whose figures folder it goes to
-         caption:str=""    # what it shows; kept inside the PNG, for the report
+         study:str         # whose figures folder it goes to
         ) -> plt.Figure:
     "Keep a figure as PNG, SVG and CSV under runs/<study>/figures."
     folder = runs_dir()/study/"figures"
     folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder/f"{name}.png", metadata=dict(Description=caption or fig.get_suptitle()))
+    fig.savefig(folder/f"{name}.png")
     fig.savefig(folder/f"{name}.svg")
     write(folder/f"{name}.csv", drawn(fig).to_csv(index=False))
     return fig
@@ -397,7 +396,7 @@ def accuracy_panel(ax, stats, lines, limits, stars):
     for i,line in enumerate(lines):
         own, paper = stats[stats.line == i], stars[stars.line == i]
         if len(own): ax.errorbar(own["at"].map(where), own["mean"], own.sd, fmt=line.style, capsize=3, color=line.color, label=line.label, clip_on=False)
-        if len(paper): ax.plot(paper["at"].map(where), paper["mean"], color=line.color, **STARS)
+        if len(paper): ax.plot(paper["at"].map(where), paper["mean"], color=line.color, label=None if len(own) else line.label, **STARS)
     ax.set_xticks(range(len(ticks)), ticks.tick)
     ax.set(xlim=(-.3, len(ticks)-.7), ylim=_ends(limits, stats))
     corner(ax, stats)
@@ -424,9 +423,9 @@ def footnote(fig:plt.Figure, *told:str) -> plt.Figure:
 
 # %% ../nbs/07_accuracy.ipynb #da1b5788
 def legend(fig:plt.Figure, columns:int=3):
-    "One legend above all panels, chance last."
-    found = {l: h for ax in fig.axes for h,l in zip(*ax.get_legend_handles_labels())}
-    found = {l: found[l] for l in sorted(found, key=lambda l: l == "Chance")}
+    "One legend above all panels: what is measured, then what only has the paper's stars, chance last."
+    pairs, found = [p for ax in fig.axes for p in zip(*ax.get_legend_handles_labels())], {}
+    for h,l in sorted(pairs, key=lambda p: (p[1] == "Chance", isinstance(p[0], plt.Line2D))): found.setdefault(l, h)
     fig.set_figheight(fig.get_figheight() + .17*-(-len(found)//columns))
     fig.legend(found.values(), found, loc="outside upper center", ncols=columns)
 
@@ -584,11 +583,12 @@ def fig10(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     return footnote(fig, f"{images(table, both)}, {SPREAD}", *missing)
 
 # %% ../nbs/07_accuracy.ipynb #8bec663b
-def verdict(above, below) -> str:   # rows of `summary`
-    "Whether one mean lies above another by more than one standard deviation."
-    gap, spread = above["mean"] - below["mean"], np.maximum(above["sd"], below["sd"])
-    if np.isnan(spread): return "one seed only"
-    return "holds" if gap > spread else "reversed" if -gap > spread else "not told apart"
+def verdict(above:dict, below:dict) -> str:   # rows of `summary`: mean, sd, n
+    "Whether one mean lies above another by more than two standard errors, and than two points where a seed or two stand behind one."
+    gap, n = above["mean"] - below["mean"], min(above["n"], below["n"])
+    error = (above["sd"]**2/above["n"] + below["sd"]**2/below["n"])**.5 if n > 1 else 0
+    margin = max(2*error, 2*(n < 3))
+    return "holds" if gap > margin else "reversed" if -gap > margin else "not told apart"
 
 SEEDS = 3   # fewer say little about a spread
 
@@ -605,7 +605,10 @@ def ordering(table:pd.DataFrame   # as `results` gives it
     return pd.DataFrame([_compare(*pair) for k,pair in found.items() if n[k] >= min(SEEDS, max(n.values()))])
 
 # %% ../nbs/07_accuracy.ipynb #cb2330dd
+def shown(mean:float, sd:float, n:int) -> str:   # e.g. '48.0 ± 0.7 (5)'
+    "A mean over n seeds with its standard deviation, which a single seed does not have."
+    return f"{mean:.1f} ± {sd:.1f} ({n})" if n > 1 else f"{mean:.1f} (1)"
+
 def _compare(one, two):
-    name = lambda r: f"{r['arch']} {r['policy']}"
-    show = lambda r: f"{r['mean']:.1f} ± {r['sd']:.1f} ({r['n']})" if r["n"] > 1 else f"{r['mean']:.1f} (1)"
-    return {"the paper finds": f"{name(one)} > {name(two)}", "first": show(one), "second": show(two), "here": verdict(one, two)}
+    name, numbers = lambda r: f"{r['arch']} {r['policy']}", lambda r: shown(r["mean"], r["sd"], r["n"])
+    return {"the paper finds": f"{name(one)} > {name(two)}", "first": numbers(one), "second": numbers(two), "here": verdict(one, two)}

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 # %% ../nbs/10_mlp.ipynb #2f4ad09e
-from .accuracy import empty, footnote, save, seeds
+from .accuracy import empty, footnote, save, seeds, shown
 from .experiment import Spec, incomplete, parse_arch, preset, results, summary
 
 # %% ../nbs/10_mlp.ipynb #89fb505b
@@ -113,8 +113,7 @@ def table_of(stats:pd.DataFrame,   # as `points` gives it
              lines=LINES
             ) -> pd.DataFrame:     # networks by lines
     "What the figures show, in words."
-    cells = [f"{m:.1f} ± {s:.1f} ({n})" if n > 1 else f"{m:.1f} (1)" for m,s,n in zip(stats["mean"], stats.sd, stats.n)]
-    wide = stats.assign(cell=cells, line=[lines[int(i)].label for i in stats.line]).pivot(index=["width", "depth", "arch"], columns="line", values="cell")
+    wide = stats.assign(cell=list(map(shown, stats["mean"], stats.sd, stats.n)), line=[lines[int(i)].label for i in stats.line]).pivot(index=["width", "depth", "arch"], columns="line", values="cell")
     return wide.reindex(columns=[l.label for l in lines]).droplevel(["width", "depth"]).rename_axis(columns=None).astype(object).fillna("")
 
 # %% ../nbs/10_mlp.ipynb #57ab50a4

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'STYLE', 'SORTING', 'CAPTIONS', 'THE_PAPERS', 'BESIDES', 'TABLES', 'HEADLINE', 'COMMANDS', 'drawing',
-           'execute', 'as_html', 'pages', 'page', 'table_html', 'picture', 'stand_ins', 'caption', 'told', 'pictures',
-           'figures_html', 'spread', 'answer', 'claims', 'claims_html', 'recipe_html', 'overview', 'runs_page', 'site',
-           'settings', 'inputs', 'figures', 'report', 'train_command', 'study_command', 'report_command',
-           'figures_command', 'claims_command', 'campaign_command', 'explore_command', 'bench_command',
-           'bench_arguments', 'parser', 'check', 'main']
+           'execute', 'as_html', 'pages', 'page', 'table_html', 'picture', 'captions', 'stand_ins', 'caption', 'told',
+           'pictures', 'figures_html', 'spread', 'answer', 'claims', 'claims_html', 'recipe_html', 'overview',
+           'runs_page', 'site', 'settings', 'inputs', 'figures', 'report', 'train_command', 'study_command',
+           'report_command', 'figures_command', 'claims_command', 'campaign_command', 'explore_command',
+           'bench_command', 'bench_arguments', 'parser', 'check', 'main']
 
 # %% ../nbs/15_report.ipynb #ae39b163
 import hashlib, html, json, os, re, shutil, sys, warnings
@@ -140,26 +140,24 @@ def picture(file:Path, caption:str, number:str="") -> str:
             f"<figcaption>{f'<b>{number}</b> ' if number else ''}{html.escape(caption)} <span class=noprint>{other}</span></figcaption></figure>")
 
 # %% ../nbs/15_report.ipynb #ab5ae6f7
-CAPTIONS = {   # name to what it shows, the families it has panels for
-    "fig01": ("Accuracy with gamma and beta trainable and disabled", "ResNet WRN ImageNet"),
-    "fig02": ("Accuracy when only some parameters train", "ResNet WRN ImageNet"),
+CAPTIONS = {   # name to what it shows, the families it has panels for; the figures of `LAYOUTS` say it themselves
     "fig03": ("Accuracy against the number of BatchNorm parameters, and its slope per doubling", "ResNet WRN"),
     "fig04": ("The distribution of gamma in one deep network, the paper's ResNet-110 and ResNet-101", "ResNet ImageNet"),
     "fig05": ("The share of gammas below three thresholds", "ResNet WRN ImageNet"),
     "fig06": ("The change in accuracy when small gammas are set to 0", "ResNet WRN ImageNet"),
     "fig07": ("The share of ReLUs that are silent on 99% of inputs", "ResNet WRN ImageNet"),
-    "fig08": ("VGG: accuracy with gamma and beta trainable and disabled", "VGG"),
-    "fig09": ("VGG: accuracy when only some parameters train", "VGG"),
     "fig10": ("Training only BatchNorm beside small networks that train in full", "ResNet WRN small"),
-    "fig11": ("Accuracy when gamma and beta begin at 1", "ResNet WRN ImageNet"),
-    "fig12": ("Accuracy when shortcuts and output train too", "ResNet WRN ImageNet"),
-    "fig13": ("Accuracy by the number of random parameters per channel", "ResNet WRN"),
-    "fig14": ("Accuracy of two random parameters per channel with the output layer", "ResNet WRN ImageNet"),
     **{f"fig{n}": (f"The distributions of {what} in {dict(ImageNet='the ResNets for ImageNet').get(f, f'every {f}')}", f) for n,what,f in (
         (15, "gamma", "ResNet"), (16, "beta", "ResNet"), (17, "gamma", "WRN"), (18, "beta", "WRN"),
         (19, "gamma", "ImageNet"), (20, "beta", "ImageNet"), (21, "gamma", "VGG"), (22, "beta", "VGG"))},
     **{f"fig{n}": (f"How often each ReLU is at 0, in {dict(ImageNet='the ResNets for ImageNet').get(f, f'every {f}')}", f) for n,f in ((23, "ResNet"), (24, "WRN"), (25, "ImageNet"))},
 }
+
+@lru_cache
+def captions() -> dict:   # name of a figure of the paper to what it shows and its families
+    "What each of the paper's figures shows."
+    from bnonly.accuracy import LAYOUTS
+    return CAPTIONS | {n: (l.title, " ".join(dict.fromkeys(f.split()[0] for f,_ in l.panels))) for n,l in LAYOUTS.items()}
 
 # %% ../nbs/15_report.ipynb #92002698
 THE_PAPERS = {"ResNet": "ResNet-14 to 866 on CIFAR-10, 160 epochs", "WRN": "WRN-14-1 to 14-32 on CIFAR-10, 160 epochs",
@@ -189,7 +187,7 @@ def caption(name:str,        # of a figure
             instead:dict     # as `stand_ins` gives it
            ) -> str:
     "What a figure shows, and what stands in for what."
-    what, families = CAPTIONS[name]
+    what, families = captions()[name]
     told = [instead.get(f) or f"no run in place of {THE_PAPERS[f]}" for f in families.split()]
     number = int(name[3:])
     seeds = "All seeds together" if number == 4 or number >= 15 else "Mean ± one standard deviation over n seeds"
@@ -210,21 +208,19 @@ TABLES = {"table1": "Table 1: numbers in each part of each network, counted", "t
 
 # %% ../nbs/15_report.ipynb #24c0cded
 def told(file:Path, instead:dict) -> str:
-    "The caption of a figure: of the paper's, of one that brings its own, or its name."
-    from PIL import Image
-    if file.stem in CAPTIONS: return caption(file.stem, instead)
-    with Image.open(file) as im: return BESIDES.get(file.stem) or im.info.get("Description") or file.stem
+    "The caption of a figure: of the paper's, of one besides, or its name."
+    return caption(file.stem, instead) if file.stem in captions() else BESIDES.get(file.stem, file.stem)
 
 def pictures(study:str) -> list[Path]:
     "The figures of a study, the paper's first."
     own = (runs_dir()/study/"figures").glob("*.png")
-    return sorted((f for f in own if not f.stem.startswith("table")), key=lambda f: (f.stem not in CAPTIONS, f.stem))
+    return sorted((f for f in own if not f.stem.startswith("table")), key=lambda f: (f.stem not in captions(), f.stem))
 
 def figures_html(study:str, table) -> str:
     "All figures that a study has, in the paper's order, and its tables."
     import pandas as pd
     folder, instead = runs_dir()/study/"figures", stand_ins(table)
-    parts = [picture(f, told(f, instead), f"Figure {int(f.stem[3:])}." if f.stem in CAPTIONS else "") for f in pictures(study)]
+    parts = [picture(f, told(f, instead), f"Figure {int(f.stem[3:])}." if f.stem in captions() else "") for f in pictures(study)]
     for n,what in TABLES.items():
         if (f := folder/f"{n}.csv").exists(): parts.append(f"<h3>{what}</h3>{table_html(pd.read_csv(f), 'numbers')}<p class='small noprint'><a href='figures/{n}.csv'>data (CSV)</a></p>")
     return "".join(parts)
@@ -232,8 +228,9 @@ def figures_html(study:str, table) -> str:
 # %% ../nbs/15_report.ipynb #5de56049
 def spread(table) -> str:
     "Mean ± standard deviation (n) of the test accuracy, networks by policies."
+    from bnonly.accuracy import shown
     stats = summary(table)
-    cells = [f"{m:.1f} ± {s:.1f} ({n})" if n > 1 else f"{m:.1f} (1)" for m,s,n in zip(stats["mean"], stats.sd, stats.n)]
+    cells = list(map(shown, stats["mean"], stats.sd, stats.n))
     others = [c for c in Spec.__dataclass_fields__ if c in stats and c not in ("arch", "policy") and stats[c].nunique() > 1]
     wide = stats.assign(cell=cells).pivot(index=["arch", *others], columns="policy", values="cell").reset_index()
     return table_html(wide.sort_values("arch", key=lambda c: c.map(parse_arch)).rename_axis(columns=None), "numbers")
@@ -251,7 +248,7 @@ def answer(comparisons,   # as `bnonly.accuracy.ordering` gives them
     told = ", ".join(f"{n} {what}" for what,n in found.items() if what != "holds")
     items = "".join(f"<li>{html.escape(o[0].upper() + o[1:])}</li>" for o in against)
     return ((f"<p>Of the paper's {len(comparisons)} comparisons of mean test accuracy, {found.get('holds', 0)} hold{f' ({told})' if told else ''}: "
-             "the means differ, the paper's way, by more than one standard deviation, the larger of the two.</p>" if len(comparisons) else "")
+             "the means differ, the paper's way, by more than two standard errors, and by more than two points where either has only one or two seeds.</p>" if len(comparisons) else "")
             + (f"<p>What disagrees with the paper:</p><ul>{items}</ul>" if items else "")
             + (table_html(comparisons) if len(comparisons) else ""))
 
@@ -295,7 +292,7 @@ def overview(study:str) -> str:   # HTML
     return page(f"bnonly: {study}", f"""<h1>Training only BatchNorm: the study <em>{html.escape(study)}</em></h1>
 <blockquote>{len(table)} runs on {', '.join(sorted(set(table.images)))}, {', '.join(f'{e} epochs' for e in sorted(set(table.epochs)))},
 {table.seconds.sum()/60:.0f} minutes of training on {'; '.join(hosts)}. {f'{short} planned runs are not measured.' if short else ''} {html.escape(left_out(table))}</blockquote>
-{''.join(picture(f, told(f, stand_ins(table)), f"Figure {int(f.stem[3:])}." if f.stem in CAPTIONS else "") for f in first)}
+{''.join(picture(f, told(f, stand_ins(table)), f"Figure {int(f.stem[3:])}." if f.stem in captions() else "") for f in first)}
 <p class=noprint><a href='figures.html'>All {len(drawn)} figures</a> with their data, <a href='runs.html'>every run</a>, <a href='settings.html'>the settings</a> that made them.</p>
 <h2>Does the paper's ordering hold?</h2>{answer(ordering(table), ledger)}
 <h2>Test accuracy, mean ± standard deviation (seeds)</h2>{spread(table)}

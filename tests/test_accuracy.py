@@ -1,6 +1,8 @@
 "The figures of accuracy, on hand-made tables whose answer is known by arithmetic."
 from dataclasses import asdict
+from itertools import product
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -109,11 +111,14 @@ def test_each_family_has_its_own_recipe():
     assert sorted(acc.points(table, acc.LAYOUTS["fig02"])["mean"]) == [20, 30, 50, 60]
 
 
-def test_an_ordering_holds_beyond_one_standard_deviation():
-    "The larger of the two; and a comparison of fewer than three seeds is left out where others have them."
-    above, spread = dict(mean=60., sd=1.), lambda gap: dict(mean=60. - gap, sd=4.)
-    assert [acc.verdict(above, spread(g)) for g in (5, 3, -3, -5)] == ["holds", "not told apart", "not told apart", "reversed"]
-    assert acc.verdict(above, dict(mean=0., sd=float("nan"))) == "one seed only"
+def test_an_ordering_holds_by_the_rule_of_the_claims():
+    "Beyond two standard errors, and two points with one or two seeds; and a comparison of fewer than three seeds is left out where others have them."
+    from bnonly.claims import Point, _item, judge
+    words = {"holds": "holds", "undecided": "not told apart", "does not hold": "reversed"}
+    for one, two, sd, gap in product((1, 2, 3, 5), (1, 2, 5), (.1, 1., 4.), (-9, -5, -2.5, -1.5, -.3, 0, .3, 1.5, 2.5, 5, 9)):
+        above, below = [dict(mean=60. - g, sd=d if n > 1 else np.nan, n=n) for g, d, n in ((0, 1., one), (gap, sd, two))]
+        a, b = [Point("", r["mean"], r["sd"], r["n"], set()) for r in (above, below)]
+        assert acc.verdict(above, below) == words[judge(_item("", a, b), 0, np.inf, ordering=True)]
     rows = [("resnet14", p, s, v + s) for p, v in (("bn", 60), ("random2", 40)) for s in range(3)] + [("resnet32", p, 0, 50) for p in ("bn", "random2")]
     found = acc.ordering(runs(*rows))
     assert found[["the paper finds", "first", "second", "here"]].values.tolist() == [["resnet14 bn > resnet14 random2", "61.0 ± 1.0 (3)", "41.0 ± 1.0 (3)", "holds"]]
@@ -159,3 +164,16 @@ def test_the_papers_numbers_are_drawn_on_its_own_data_only():
         ax = acc.accuracy_figure("fig02", runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60), data=data)).axes[0]
         assert sorted(y for l in ax.lines if l.get_marker() == "*" for y in l.get_ydata()) == stars
         assert [t.get_text() for t in ax.get_xticklabels()] == ticks
+
+
+def test_a_line_that_only_the_paper_has_is_in_the_legend_and_in_the_data():
+    "Where another panel has measured it, the legend shows that; what is measured comes first."
+    table = runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60), ("wrn14-2", "bn", 0, 55), ("resnet32", "bn+shortcut+output", 0, 70), data="cifar10")
+    fig = acc.accuracy_figure("fig12", table)
+    handles = dict(zip([t.get_text() for t in fig.legends[0].get_texts()], fig.legends[0].legend_handles))
+    assert list(handles) == ["BatchNorm", "BatchNorm + Shortcuts + Output", "All Params Trainable", "Shortcuts + Output", "Chance"]
+    starred = [l for l, h in handles.items() if isinstance(h, plt.Line2D) and h.get_marker() == "*"]
+    assert starred == ["All Params Trainable", "Shortcuts + Output"]
+    rows = acc.drawn(fig)
+    assert [set(rows[rows.label == l].y) for l in starred] == [{93.3}, {49.}]
+    plt.close("all")

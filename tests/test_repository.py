@@ -111,6 +111,23 @@ def test_notebooks_open_with_a_title_a_line_and_small_outputs(notebook):
         assert len("".join(c["source"]).splitlines()) <= 40
 
 
+def shows(source):
+    "Whether a cell ends in a value to see: not in a test, nor in a call that only acts."
+    body = ast.parse(re.sub(r"(?m)^[%!].*", "", source)).body
+    if not body or not isinstance(body[-1], ast.Expr) or source.rstrip().endswith(";"):
+        return False
+    call = body[-1].value.func if isinstance(body[-1].value, ast.Call) else None
+    return not re.match("test_|assert_|release$", getattr(call, "id", getattr(call, "attr", "")))
+
+
+@pytest.mark.parametrize("notebook", [nb for nb in NOTEBOOKS if nb.name[:2] >= "06"], ids=lambda p: p.stem)
+def test_what_a_cell_shows_is_there(notebook):
+    "The evidence that the prose announces is stored, so that it can be read without running anything."
+    for c in cells(notebook):
+        source = "".join(c["source"])
+        assert c["outputs"] or re.search(r"(?m)^#\| *(export|notest)", source) or not shows(source), c["id"]
+
+
 def test_public_names_have_docstrings():
     import importlib
     for module in modules():
