@@ -6,6 +6,7 @@ import pytest
 import torch
 from bnonly import claims as cl
 from bnonly import mlp
+from bnonly.accuracy import drawn
 from bnonly.experiment import Spec, run_dir
 from bnonly.features import analyse, channels, restore
 from bnonly.models import create_model, role_sizes
@@ -216,3 +217,18 @@ def test_figures_say_what_is_missing():
     assert "runs" not in words([])
     table = pd.concat([table, table.assign(arch="mlp4-10", status="diverged", folder=plan[2].key)])
     assert "(mlp4-10)" in words(plan)
+
+
+def test_a_line_is_dotted_across_depths_that_are_not_measured():
+    fig = mlp.depth_figure(runs({(f"mlp{d}-20", BN): (60., 62.) for d in (2, 4, 8)}), 20)
+    line, = [c.lines[0] for c in fig.axes[0].containers]
+    assert dict(zip(line.get_xdata(), line.get_ydata())) == pytest.approx({2: 61, 4: 61, 6: float("nan"), 8: 61}, nan_ok=True)
+    assert "dotted" in fig.get_supxlabel() and drawn(fig).query("kind == 'line' and label == 'BatchNorm only'").x.tolist() == [2, 4, 8]
+    whole = mlp.depth_figure(runs({(a, BN): (60., 62.) for a in mlp.mlps(20)}), 20)
+    assert "dotted" not in whole.get_supxlabel() and len(whole.axes) == 1
+
+
+def test_lines_upon_each_other_are_shown_once_more():
+    table = runs({(f"mlp{d}-20", line): (v, v + .2) for d in (2, 4) for line, v in ((BN, 60.), (ALL, 97.2), (PLAIN, 96.9))})
+    above, below = mlp.depth_figure(table, 20).axes
+    assert above.get_ylim() == (96, 98) and len(above.containers) == 2 and below.get_ylim() == (0, 101) and len(below.containers) == 3
