@@ -186,13 +186,18 @@ def fig06(curves:pd.DataFrame,   # as `clamped` gives it
         fig = bar_figure(stats, series, own, "Change in Accuracy (points)")
     if fig is None: return empty("Accuracy of ResNets without small γ", *missing)
     for ax in fig.axes:
-        clip(ax, -8, max(.5, 1.2*(stats["mean"] + stats.sd.fillna(0)).max()))
+        clip(ax, *_reach(stats))
         for t in ax.texts:
             if t.get_text() == "not run": t.set(va="top", position=(0, -2))
         if "on ImageNet" in ax.get_xlabel(): ax.set_ylabel("Change in Top-1 Accuracy (points)")
     return footnote(fig, SPREAD, *missing)
 
 # %% ../nbs/08_affine.ipynb #708e5779
+def _reach(stats):
+    "The paper's axis, from -8 to 0; the bars' own where all of them are shorter than a point."
+    low, high = 1.2*(stats["mean"] - stats.sd.fillna(0)).min(), 1.2*(stats["mean"] + stats.sd.fillna(0)).max()
+    return (min(low, -.1), max(high, .1)) if low > -1.2 else (-8, max(.5, high))
+
 def clip(ax, low, high):
     "Cut an axis of bars, and write what is cut off."
     ax.set_ylim(low, high)

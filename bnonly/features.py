@@ -64,6 +64,7 @@ class Zeros:
         self.hooks = [m.register_forward_hook(self.count) for m in self.zeros if m.relu]
 
     def count(self, m, inputs, out):   # out: [N, channels, H, W]
+        "Add the zeros of one output; called by the hooks."
         values = out.movedim(1, -1).flatten(0, -2)
         self.zeros[m] += len(values) - values.count_nonzero(0)
         self.seen[m] += len(values)

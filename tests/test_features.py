@@ -304,3 +304,16 @@ def test_a_figure_names_the_runs_it_lacks():
     assert "wrn14-2" in lacks(plan, none, "WRN")[0] and lacks(plan, none, "VGG") == ["no network of the family: VGG"]
     assert "all of resnet20, wrn14-2" in fig05(none, plan).axes[0].texts[0].get_text()
     assert "weight_decay=0.0" in fig_decay(none, clamped("no such study"), plan).axes[0].texts[0].get_text().replace("\n", "")
+
+
+@pytest.mark.parametrize("changes,reach", [((-.4, .2), (-.48, .24)), ((0., 0.), (-.1, .1)), ((-1.1, .1), (-8, .5)), ((-30., 2.), (-8, 2.4))])
+def test_small_changes_of_accuracy_can_be_read(changes, reach):
+    "Within a point the axis is that of the bars, else the paper's."
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    from bnonly.affine import fig06
+    from bnonly.features import THRESHOLDS
+    rows = [dict(Spec(policy=p, data="cifar10").__dict__, threshold=t, change=c, images="x", folder=p) for p, c in zip(("bn", "all"), changes) for t in THRESHOLDS]
+    fig = fig06(pd.DataFrame(rows))
+    assert fig.axes[0].get_ylim() == pytest.approx(reach)
+    plt.close(fig)
