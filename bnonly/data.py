@@ -383,13 +383,13 @@ def read_cache(file:Path,       # of tensors
 def cifar10(folder:Path) -> Data:
     "CIFAR-10 from its cache, else from the first source that is there, else downloaded."
     for file in cache_files(folder, "cifar10"):
-        if data := read_cache(file, folder, "cifar10", pad=4, flip=True): return data
+        data = read_cache(file, folder, "cifar10", pad=4, flip=True)
+        if data and (len(data.train), len(data.test)) == CIFAR10_SIZE: return data
     source = next((folder/n for n in SOURCES if (folder/n).exists()), None) or download(folder)
     label, train, test = SOURCES[source.name](source)
-    if (len(train), len(test)) != CIFAR10_SIZE:
-        warnings.warn(f"{source} holds {len(train):,} and {len(test):,} images where CIFAR-10 has 50,000 and 10,000.")
     data = describe("cifar10", label, train, test, CIFAR10, pad=4, flip=True)
-    save_cache(data, source)
+    if (len(train), len(test)) == CIFAR10_SIZE: save_cache(data, source)
+    else: warnings.warn(f"{source} holds {len(train):,} and {len(test):,} images where CIFAR-10 has 50,000 and 10,000.")
     return data
 
 # %% ../nbs/01_data.ipynb #16be236e
