@@ -8,7 +8,7 @@ __all__ = ['NORM', 'BLOCKS', 'FEATURES', 'AFFINE', 'ROLES', 'OTHER_NORMS', 'Batc
            'efficientnet', 'VGG', 'AffineAct', 'MLP', 'LeNet', 'build', 'BiasAct', 'FixupConv', 'Swish', 'Swished',
            'branches', 'take_out', 'generator', 'he_normal', 'he_uniform', 'binary', 'orthogonal', 'initialize',
            'fixup', 'create_model', 'normalization', 'Layers', 'trace', 'last_layers', 'on_shortcuts', 'output_layer',
-           'ends', 'roles', 'role_sizes']
+           'ends', 'roles']
 
 # %% ../nbs/02_models.ipynb #71a8c16a
 import math, operator, warnings
@@ -50,7 +50,9 @@ class Shortcut(nn.Sequential):
     def __init__(self, c_in:int, c_out:int, stride:int):
         super().__init__(conv(c_in, c_out, 1, stride), BatchNormAct(c_out, relu=False))
 
-def shortcut(c_in, c_out, stride): return Shortcut(c_in, c_out, stride) if stride > 1 or c_in != c_out else nn.Identity()
+def shortcut(c_in:int, c_out:int, stride:int) -> nn.Module:
+    "The shortcut of a block: the identity, but where the shape changes."
+    return Shortcut(c_in, c_out, stride) if stride > 1 or c_in != c_out else nn.Identity()
 
 # %% ../nbs/02_models.ipynb #13f3a7df
 class BasicBlock(nn.Module):
@@ -205,6 +207,7 @@ class LeNet(nn.Module):
 
     def forward(self, x):
         (left, top), size = [(32 - s)//2 for s in (x.shape[3], x.shape[2])], x.shape[2:]
+        if max(size) > 32: raise ValueError(f"images of {size[0]}x{size[1]} pixels do not fit LeNet-5; the nearest size is 32x32.")
         x = F.pad(x, (left, 32 - size[1] - left, top, 32 - size[0] - top))
         x = F.avg_pool2d(self.norm1(self.conv1(x)), 2)
         x = F.avg_pool2d(self.norm2(self.conv2(x)), 2).flatten(1)
@@ -313,14 +316,24 @@ def generator(*key   # a seed and what is drawn, as `stream` takes them
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(stream(*key))))
 
 # %% ../nbs/02_models.ipynb #c0d28b72
-def he_normal(rng, shape, fan_in): return rng.standard_normal(shape) * math.sqrt(2/fan_in)
-def he_uniform(rng, shape, fan_in): return (2*rng.random_sample(shape) - 1) * math.sqrt(6/fan_in)
+def he_normal(rng,          # as `generator` gives it
+              shape:tuple,  # of the weight, output channels first
+              fan_in:int    # numbers that enter an output
+             ):             # float64, of that shape
+    "Normal numbers of variance 2/fan_in (He et al., 2015)."
+    return rng.standard_normal(shape) * math.sqrt(2/fan_in)
 
-def binary(rng, shape, fan_in):
+def he_uniform(rng, shape:tuple, fan_in:int):
+    "Uniform numbers of variance 2/fan_in (He et al., 2015)."
+    return (2*rng.random_sample(shape) - 1) * math.sqrt(6/fan_in)
+
+def binary(rng, shape:tuple, fan_in:int):
+    "The signs of `he_normal` times the standard deviation of its numbers."
     w = he_normal(rng, shape, fan_in)
     return np.sign(w) * w.std()
 
-def orthogonal(rng, shape, fan_in):
+def orthogonal(rng, shape:tuple, fan_in:int):
+    "The nearest matrix with orthonormal rows or columns to one of normal numbers."
     w = rng.standard_normal((shape[0], fan_in))
     with threadpool_limits(1): u, _, v = np.linalg.svd(w, full_matrices=False)
     return (u @ v).reshape(shape)
@@ -375,9 +388,10 @@ def create_model(arch:str,                 # e.g. 'resnet56', 'wrn14-4', 'vgg16'
                  size:int=28               # height and width of the images, which MLPs need to know
                 ) -> nn.Module:            # in float32, on the CPU, everything trainable
     "A network of the paper at its random initialization; `ValueError` for a name that does not exist."
-    model = build(arch, num_classes, in_channels, norm, size)
-    if parse_arch(arch).family not in ("mlp", "lenet"):
-        with torch.device("meta"): model = take_out(model, choose("norm", norm, NORMS), choose("act", act, ACTS))
+    model, flat = build(arch, num_classes, in_channels, norm, size), parse_arch(arch).family in ("mlp", "lenet")
+    choose(f"act of {arch}", act, ACTS[:1] if flat else ACTS)
+    if not flat:
+        with torch.device("meta"): model = take_out(model, choose("norm", norm, NORMS), act)
     model = model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))   # to_empty would import sympy, half a second
     model = initialize(model, init, bn_init, seed)
     model.made = dict(arch=arch, num_classes=num_classes, in_channels=in_channels, init=init, bn_init=bn_init, seed=seed, norm=norm, act=act, size=size)
@@ -431,7 +445,11 @@ def on_shortcuts(nodes, layers) -> set:   # of modules
     return found
 
 # %% ../nbs/02_models.ipynb #b39a14c6
-def output_layer(model:nn.Module) -> nn.Linear: return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+def output_layer(model:nn.Module) -> nn.Linear:
+    "The last linear layer, where each network of this notebook ends; `ValueError` for a model without one."
+    found = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not found: raise ValueError(f"{type(model).__name__} has no linear layer, so its output layer cannot be told.")
+    return found[-1]
 
 def ends(model:nn.Module,
          output:str|tuple|None=None   # names of the output's modules, where they cannot be told
@@ -463,10 +481,3 @@ def roles(model:nn.Module,
     role = lambda m: normalization(m) or ("output" if m in last else "shortcut" if m in shortcuts else "conv")
     owner = lambda name: name.split(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
     return {name: role(model.get_submodule(owner(name))) for name,_ in model.named_parameters()}
-
-# %% ../nbs/02_models.ipynb #31c25dbd
-def role_sizes(model:nn.Module) -> dict:
-    "How many numbers each role has."
-    sizes, found = dict.fromkeys(ROLES, 0), roles(model)
-    for name,p in model.named_parameters(): sizes[found[name]] += p.numel()
-    return sizes

@@ -62,10 +62,14 @@ class Embedding(Hooked):
         return dict(zip(("embedding_norm", "output_norm", "dropped"), (self.sums/self.images).tolist()))
 
 # %% ../nbs/03_penalties.ipynb #8c54254a
-def wide(x): return x.to(torch.promote_types(x.dtype, torch.float32))   # bfloat16 is too coarse for sums
+def wide(x:torch.Tensor) -> torch.Tensor:
+    "In float32 at least, because bfloat16 is too coarse for sums."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
-def mean_square(x   # [N, features]
-               ): return wide(x).pow(2).mean()
+def mean_square(x:torch.Tensor   # [N, features]
+               ) -> torch.Tensor:  # a scalar
+    "The mean of the squared entries."
+    return wide(x).pow(2).mean()
 
 class Penalty(Callback):
     "Adds a multiple of `value` to the loss of each training step."

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from bnonly import accuracy as acc
 from bnonly.experiment import Spec
-from bnonly.models import build, role_sizes
+from bnonly.models import build
+from bnonly.policies import counts
 from scipy.stats import linregress
 
 
@@ -22,16 +23,16 @@ def runs(*rows, **common):
 @pytest.mark.parametrize("arch", ["resnet8", "resnet110", "wrn14-4", "wrn20-0.125", "vgg11", "vgg19", "resnet34", "resnet50", "resnet200"])
 @pytest.mark.parametrize("classes,channels", [(10, 3), (1000, 1)])
 def test_counts_are_those_of_the_networks(arch, classes, channels):
-    counts = acc.sizes(arch, classes, channels)
-    assert counts.pop("total") == sum(counts.values())
-    assert counts | dict(norm=0) == role_sizes(build(arch, classes, channels))
+    sizes = acc.sizes(arch, classes, channels)
+    sizes["all"] = sizes.pop("total")
+    assert sizes | dict(norm=0) == counts(build(arch, classes, channels)).total.to_dict()
 
 
 def test_every_small_network_is_near_its_budget():
     for arch in acc.DEEP:
         budget = acc.sizes(arch)["bn"]
         for name, total in acc.small_resnets(budget).items():
-            assert sum(role_sizes(build(name)).values()) == total and abs(total - budget) <= .15 * budget
+            assert counts(build(name)).total["all"] == total and abs(total - budget) <= .15 * budget
 
 
 def test_the_slope_is_the_one_that_made_the_points():

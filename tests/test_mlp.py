@@ -9,7 +9,7 @@ from bnonly import mlp
 from bnonly.accuracy import drawn
 from bnonly.experiment import Spec, run_dir
 from bnonly.features import analyse, channels, restore
-from bnonly.models import create_model, role_sizes
+from bnonly.models import create_model
 from bnonly.policies import counts, dense, free, freeze
 from bnonly.train import fit, hold_out
 from fastai.callback.core import Callback
@@ -23,7 +23,7 @@ RUN = Spec(arch="mlp2-40", policy="gamma", epochs=60, patience=2, lr=.3, schedul
 def test_counts_by_arithmetic(depth, width):
     model = create_model(f"mlp{depth}-{width}", in_channels=1)
     weights, units = 784*width + (depth-1)*width**2, depth*width
-    assert role_sizes(model) == dict(conv=weights, bn=2*units, norm=0, shortcut=0, output=10*width + 10)
+    assert counts(model).total.drop("all").to_dict() == dict(conv=weights, bn=2*units, norm=0, shortcut=0, output=10*width + 10)
     assert mlp.sizes(f"mlp{depth}-{width}") == dict(weights=weights, gamma=units, beta=units, output=10*width + 10)
     trains = lambda policy: counts(freeze(create_model(f"mlp{depth}-{width}", in_channels=1), policy)).trainable["all"]
     assert trains("gamma") == trains("scattered1") == units
@@ -33,7 +33,7 @@ def test_counts_by_arithmetic(depth, width):
 
 def test_lenet_has_lecuns_numbers():
     "LeCun's 61,706 without the biases that BatchNorm replaces."
-    assert sum(role_sizes(create_model("lenet5", in_channels=1, norm="none")).values()) == 61_706 - 226
+    assert counts(create_model("lenet5", in_channels=1, norm="none")).total["all"] == 61_706 - 226
     assert counts(freeze(create_model("lenet5", in_channels=1), "gamma")).trainable["all"] == 6 + 16 + 120 + 84
 
 
