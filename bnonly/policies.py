@@ -48,10 +48,11 @@ def choose_entries(token:str,       # 'random' (k in each output channel) or 'sc
 
 # %% ../nbs/03_policies.ipynb #590e588e
 POLICIES = {"all": "all parameters", "all-affine": "all but gamma and beta, which rest at 1 and 0",
-            "bn": "gamma and beta", "norm": "gamma and beta of every normalization, whichever kind", "bn+output": "gamma, beta and the output layer", "output": "the output layer",
-            "random2": "two random entries per output channel of every convolution",
+            "bn": "gamma and beta", "norm": "gamma and beta of any kind of normalization",
+            "bn+output": "gamma, beta and the output layer", "output": "the output layer",
+            "random2": "two random entries a channel of each convolution",
             "random2+output": "those and the output layer", "shortcut+output": "convolutions on shortcuts and the output layer",
-            "bn+shortcut+output": "gamma, beta, convolutions on shortcuts and the output layer", "none": "nothing",
+            "bn+shortcut+output": "gamma, beta, shortcut convolutions, output layer", "none": "nothing",
             "gamma": "gamma, while beta rests at 0", "all-beta": "all but beta, which rests at 0"}
 
 def moving_roles(policy:str) -> set:   # of ROLES
@@ -69,38 +70,41 @@ def freeze(model:nn.Module,            # from `create_model`, or any other
           ) -> nn.Module:              # the same model; what requires a gradient is exactly what may move
     "Freeze all that `policy` does not train; `ValueError` for a policy that does not exist or trains nothing of the model."
     moving, tokens, found = moving_roles(policy), dict(parse_policy(policy)), roles(model, output)
-    if not hasattr(model, "made"): _present(model, tokens, set(found.values()))
+    has = set(found.values())
+    if not hasattr(model, "made"): _present(model, tokens, has)
     if any(parametrize.is_parametrized(m) for m in model.modules()):
         raise ValueError("this model has random entries from an earlier freeze; make a new one with create_model.")
     for name,role in found.items(): model.get_parameter(name).requires_grad_(role in moving)
     if "all-affine" in tokens: rest(model)
     if {"gamma", "all-beta"} & set(tokens): without_beta(model)
     for token in {"random", "scattered"} & set(tokens): free_entries(model, found, token, tokens[token], moving, seed)
+    if not ("none" in tokens or trainable(model)): _nothing(model, policy, has)
     model.frozen = dict(policy=policy, seed=seed)
     return model
 
+# %% ../nbs/03_policies.ipynb #5c1de0f3
 def rest(model):
     "Put every gamma to 1 and every beta to 0."
     with torch.no_grad():
-        for m in model.modules():
-            if not normalization(m): continue
+        for m in filter(normalization, model.modules()):
             if m.weight is not None: m.weight.fill_(1)
             if getattr(m, "bias", None) is not None: m.bias.fill_(0)
 
 def _present(model, tokens, found):   # found: roles of the model
     "Refuse a policy for a model from elsewhere that has nothing of what it names."
     for t in {"bn", "norm", "shortcut", "output"} & set(tokens):
-        if not found & {t, *(["bn"] if t == "norm" else [])}:
-            has = [r for r in ("norm", "output") if r in found or r == "norm" and "bn" in found]
-            raise ValueError(f"policy {t!r} trains nothing of {type(model).__name__}, whose roles are {', '.join(sorted(found))}; "
-                             f"the nearest is {(has or ['all'])[0]!r}.")
+        if not found & {t, *(["bn"] if t == "norm" else [])}: _nothing(model, t, found)
+
+def _nothing(model, policy, found):
+    has = [r for r in ("norm", "output") if r in found or r == "norm" and "bn" in found]
+    raise ValueError(f"policy {policy!r} trains nothing of {type(model).__name__}, whose roles are {', '.join(sorted(found))}; "
+                     f"the nearest is {(has or ['all'])[0]!r}.")
 
 def without_beta(model):
     "Let every gamma train, and rest every beta at 0."
-    for m in model.modules():
-        if not isinstance(m, nn.modules.batchnorm._NormBase): continue
-        m.weight.requires_grad_(True)
-        nn.init.zeros_(m.bias.requires_grad_(False))
+    for m in filter(normalization, model.modules()):
+        if m.weight is not None: m.weight.requires_grad_(True)
+        if getattr(m, "bias", None) is not None: nn.init.zeros_(m.bias.requires_grad_(False))
 
 # %% ../nbs/03_policies.ipynb #b33c52e8
 def free_entries(model, found, token, k, moving, seed):

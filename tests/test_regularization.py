@@ -95,7 +95,7 @@ def test_wide_networks_are_zagoruykos():
     assert parse_arch("wrn28-10") == ("wide", 28, 10) and Spec(arch="wrn10-1").arch == "wrn10-1"
 
 
-@pytest.mark.parametrize("policy", ["all", "bn", "output", "none", "random2"])
+@pytest.mark.parametrize("policy", ["all", "output", "none", "random2", "bn+output"])
 def test_policies_take_networks_without_batchnorm(policy):
     model = freeze(create_model("wrn10-0.25", norm="fixup", act="swish"), policy)
     n = counts(model)
