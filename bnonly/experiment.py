@@ -88,7 +88,7 @@ def parse_policy(policy:str    # tokens joined by '+', e.g. 'bn+output', 'random
                 ) -> tuple:    # (token, k) pairs in a fixed order; k is 0 but for random entries
     "The tokens of a policy; `ValueError` with the nearest one where a token does not exist."
     tokens = [re.fullmatch(r"([a-z-]+?)(\d*)", o) for o in str(policy).split("+")]
-    known = [m and (m[1] in ALONE+TOKENS) and bool(m[2]) == (m[1] in ("random", "scattered")) and m[2] != "0"
+    known = [m and (m[1] in ALONE+TOKENS) and bool(m[2]) == (m[1] in ("random", "scattered")) and int(m[2] or 1) > 0
              for m in tokens]
     if not all(known):
         wrong = str(policy).split("+")[known.index(next(k for k in known if not k))]
@@ -98,6 +98,8 @@ def parse_policy(policy:str    # tokens joined by '+', e.g. 'bn+output', 'random
     if len(found) > 1 and any(t in ALONE for t,_ in found):
         raise ValueError(f"policy {policy!r} joins {found[0][0]!r}, which stands alone, with another; "
                          f"the nearest is {found[0][0]!r}.")
+    if ("gamma", 0) in found and found[0][0] in ("bn", "norm"):
+        raise ValueError(f"policy {policy!r} both trains beta and rests it at 0; the nearest is {found[0][0]!r}.")
     if sum(t in ("random", "scattered") for t,_ in found) > 1:
         raise ValueError(f"policy {policy!r} asks for random entries twice; name one of "
                          f"{' and '.join(f'{t}{k}' for t,k in found if k)}.")
@@ -145,7 +147,7 @@ def _as(field, value):
     try:
         if isinstance(value, bool): raise ValueError
         if field.type is int and not isinstance(value, str) and int(value) != value: raise ValueError
-        return field.type(value)
+        return field.type(value) or field.type()   # -0.0 is 0.0
     except (TypeError, ValueError, OverflowError):
         kind = {int: "an int", float: "a number", str: "a name"}[field.type]
         raise ValueError(f"{field.name} {value!r} is not {kind}; the default is {field.default!r}.") from None
@@ -157,12 +159,16 @@ def check_spec(spec:Spec):
     if arch.family in ("cifar", "wide"):
         plain = arch.family == "cifar" and arch.width == 1 and arch.depth not in IMAGENET_DEPTHS
         object.__setattr__(spec, "arch", f"resnet{arch.depth}" if plain else f"wrn{arch.depth}-{arch.width:g}")
-    object.__setattr__(spec, "policy", "+".join(f"{t}{k or ''}" for t,k in policy))
+    tokens = dict.fromkeys(f"{'bn' if t == 'norm' else t}{k or ''}" for t,k in policy)
+    object.__setattr__(spec, "policy", "+".join(tokens))
     for name,allowed in dict(data=DATASETS, schedule=SCHEDULES, init=INITS, bn_init=BN_INITS, norm=NORMS, act=ACTS).items():
         choose(name, getattr(spec, name), allowed)
     flat = arch.family in ("mlp", "lenet")
     choose(f"norm of {spec.arch}", spec.norm, [o for o in NORMS if (o in NORMS[:3] if flat else o != "affine")])
-    if flat and spec.norm == "none": object.__setattr__(spec, "bn_init", Spec.bn_init)   # there is no gamma to draw
+    if flat: choose(f"act of {spec.arch}", spec.act, ACTS[:1])
+    none = spec.norm in ("none", "fixup", "fixup-open")   # no gamma to draw
+    same = "all-affine" in tokens or none or spec.bn_init == "positive" and tokens.keys() & {"gamma", "all-beta"}
+    if same: object.__setattr__(spec, "bn_init", Spec.bn_init if "all-affine" in tokens or none and flat else "ones")
     for name,(low,high) in _RANGES.items():
         value = getattr(spec, name)
         if not low <= value <= high:
@@ -321,6 +327,7 @@ class Claim:
             if held and not void(held[-1]): return False
             file = self.folder/f"claim-{int(held[-1].stem[6:])+1 if held else 1}.json"
             with open(file, "x") as f: f.write(json.dumps(self.me))
+            if not all(void(f) for f in claims(self.folder) if f != file): return file.unlink(missing_ok=True) or False
         except OSError as e:
             if isinstance(e, FileExistsError) and self.folder.is_dir(): return False
             raise unwritable(self.folder, e) from e
@@ -399,9 +406,9 @@ def history(study:str|None=None   # a study's name; None for all of them
 # %% ../nbs/00_experiment.ipynb #efed1b23
 def summary(table:pd.DataFrame,       # as `results` gives it
             value:str="accuracy"      # the column to summarize
-           ) -> pd.DataFrame:         # columns mean, sd, n after the fields of the spec
+           ) -> pd.DataFrame:         # columns mean, sd, n after the study, the fields of the spec and the images
     "Mean, sample standard deviation and number of complete runs over seeds."
-    by = [f.name for f in fields(Spec) if f.name != "seed" and f.name in table]
+    by = [c for c in ("study", *(f.name for f in fields(Spec)), "images") if c != "seed" and c in table]
     done = table[table.status == "complete"]
     return done.groupby(by, sort=False, dropna=False)[value].agg(mean="mean", sd="std", n="count").reset_index()
 
@@ -434,6 +441,8 @@ def _pairs(line):
     pairs = [p.partition("=") for p in line.split()]
     for k,equal,v in pairs:
         if not (k and equal and v): raise ValueError(f"{line.strip()!r} is not a line of a grid; write field=value,value without spaces.")
+    for k,_,_ in pairs:
+        if sum(k == o for o,_,_ in pairs) > 1: raise ValueError(f"{line.strip()!r} sets {k!r} twice; write one {k}=value,value.")
     return {k: v for k,_,v in pairs}
 
 def _points(grid):

@@ -95,6 +95,14 @@ def test_defaults_of_the_spec_never_change():
     assert {k: now[k] for k in then} == then
 
 
+def test_committed_records_keep_their_names(monkeypatch):
+    "The spec in each record still names its folder, so no finished run is trained again."
+    from bnonly.experiment import records
+    monkeypatch.delenv("BNONLY_RUNS")
+    found = records()
+    assert len(found) > 400 and not [r["folder"] for r in found if Path(r["folder"]).name != Spec(**r["spec"]).key]
+
+
 def test_every_preset_can_be_read():
     ini = ConfigParser()
     ini.read(ROOT / "settings.ini")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bnonly import experiment
 from bnonly.experiment import Claim, Spec, claims, load_record, results, run_dir
 from bnonly.sweep import failure, kept, missing, retry, state, sweep, unfinished
 from bnonly.train import fit
@@ -136,6 +137,23 @@ def test_a_claim_that_was_lost_is_not_released_for_its_new_owner(tmp_path):
     first.release()
     assert claims(tmp_path) == [second.file]
     second.release()
+
+
+def test_a_claim_released_between_two_looks_is_not_held_twice(tmp_path, monkeypatch):
+    "The second finds claim-1, which is released; a third makes claim-1 anew before the second makes claim-2."
+    first, second, third = (Claim(tmp_path) for _ in range(3))
+    assert first.take()
+    look = experiment.void
+
+    def late(claim):
+        monkeypatch.setattr(experiment, "void", look)
+        first.release()
+        found = look(claim)
+        assert third.take()
+        return found
+    monkeypatch.setattr(experiment, "void", late)
+    assert not second.take() and claims(tmp_path) == [third.file]
+    third.release()
 
 
 def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, monkeypatch):
