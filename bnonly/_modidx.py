@@ -624,6 +624,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'bnonly.sweep.Watch.work': ('sweep.html#watch.work', 'bnonly/sweep.py'),
                               'bnonly.sweep._broken': ('sweep.html#_broken', 'bnonly/sweep.py'),
                               'bnonly.sweep._digest': ('sweep.html#_digest', 'bnonly/sweep.py'),
+                              'bnonly.sweep._has': ('sweep.html#_has', 'bnonly/sweep.py'),
+                              'bnonly.sweep._unpriced': ('sweep.html#_unpriced', 'bnonly/sweep.py'),
                               'bnonly.sweep.alike': ('sweep.html#alike', 'bnonly/sweep.py'),
                               'bnonly.sweep.by_joblib': ('sweep.html#by_joblib', 'bnonly/sweep.py'),
                               'bnonly.sweep.by_ray': ('sweep.html#by_ray', 'bnonly/sweep.py'),
