@@ -691,6 +691,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'bnonly.train.Schedule.before_fit': ('train.html#schedule.before_fit', 'bnonly/train.py'),
                               'bnonly.train.SmoothLoss': ('train.html#smoothloss', 'bnonly/train.py'),
                               'bnonly.train.SmoothLoss.accumulate': ('train.html#smoothloss.accumulate', 'bnonly/train.py'),
+                              'bnonly.train.SmoothLoss.value': ('train.html#smoothloss.value', 'bnonly/train.py'),
                               'bnonly.train.Still': ('train.html#still', 'bnonly/train.py'),
                               'bnonly.train.Still.before_backward': ('train.html#still.before_backward', 'bnonly/train.py'),
                               'bnonly.train._bytes': ('train.html#_bytes', 'bnonly/train.py'),

@@ -231,7 +231,7 @@ def spread(table) -> str:
     from bnonly.accuracy import shown
     stats = summary(table)
     cells = list(map(shown, stats["mean"], stats.sd, stats.n))
-    others = [c for c in Spec.__dataclass_fields__ if c in stats and c not in ("arch", "policy") and stats[c].nunique() > 1]
+    others = [c for c in stats if c not in ("arch", "policy", "mean", "sd", "n") and stats[c].nunique() > 1]
     wide = stats.assign(cell=cells).pivot(index=["arch", *others], columns="policy", values="cell").reset_index()
     return table_html(wide.sort_values("arch", key=lambda c: c.map(parse_arch)).rename_axis(columns=None), "numbers")
 

@@ -233,6 +233,10 @@ class SmoothLoss(AvgSmoothLoss):
         self.count += 1
         self.val = torch.lerp(learn.loss.detach(), self.val.to(learn.loss.device), self.beta)
 
+    @property
+    def value(self):   # the Recorder keeps one of each step: as tensors they would lie between freed activations, and memory would grow
+        return super().value.numpy()[()] if self.val.device.type == "cpu" else super().value
+
 def recorder() -> Recorder:
     "fastai's Recorder."
     own = Recorder()

@@ -97,6 +97,14 @@ def test_a_record_that_was_cut_off_is_refused_and_kept():
     assert len(file.read_text()) == 100
 
 
+def test_what_is_kept_of_each_step_is_no_tensor():
+    "Thousands of them, between freed activations, would make memory grow with every epoch."
+    learn = learner(Spec(arch="mlp2-10", norm="none", policy="all"), device="cpu")
+    learn.fit(2)
+    losses = learn.recorder.losses
+    assert len(losses) == 2*12 and not any(torch.is_tensor(l) for l in losses) and losses[-1].item() < losses[0].item()
+
+
 def test_an_image_of_one_pixel_leaves_no_gradient_unwritten():
     "PyTorch 2.15 writes nothing at some places of such a weight's gradient, in bfloat16 on a CPU."
     conv, x = torch.nn.Conv2d(64, 64, 3, 2, 1), torch.randn(32, 64, 1, 1)
