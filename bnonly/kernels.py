@@ -556,7 +556,8 @@ template <int R, int N, class T> void direct(const T* x, const float* u, const T
                 for (long a = 0; a < A; a++) read_row(x + g / h * H * W * C, g % h * stride - top + a, H, W, C, left, at + a * length, length);
                 if (!wide) gather(at, length, A, E * C, stride * C, w, size, v + (g - first) * w * size);
             }
-            for (long o = 0; o < O; o += 16 * N) for (long q = 0, g = first, j = 0; q < (last - first) * across; q += R) {
+            auto row = [&](long g) { return (g / h * OH + g % h * step) * OW * O; };
+            for (long o = 0; o < O; o += 16 * N) for (long q = 0, g = first, j = 0, to = row(g); q < (last - first) * across; q += R) {
                 if (wide) for (long a = 0; a < A; a++) from[a] = lines + (g - first) * lines_of + a * length + j * stride * C;
                 else from[0] = v + q * size;
                 multiply<R, N>(from.data(), wide ? A : 1, wide ? stride * C : size, u + o * size, size * 16, m, wide ? E * C : size);
@@ -564,9 +565,9 @@ template <int R, int N, class T> void direct(const T* x, const float* u, const T
                     if (g < last && j < w) for (long k = 0; k < 16 * N; k += 16) {
                         V sum, b = {}; load(m + r * 16 * N + k, sum);
                         if (bias) load(bias + o + k, b);
-                        store(y + ((g / h * OH + g % h * step) * OW + j * step) * O + o + k, sum + b);
+                        store(y + to + j * step * O + o + k, sum + b);
                     }
-                    if (++j == across) j = 0, g++;
+                    if (++j == across) j = 0, to = row(++g);
                 }
             }
         }
