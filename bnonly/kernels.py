@@ -8,7 +8,8 @@ __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACK
            'DIRECT_GRADIENT', 'TILES', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain',
            'processor', 'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act',
            'transformed', 'phases', 'abilities', 'multiplies_bfloat16', 'way', 'convolve', 'input_gradient',
-           'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'geometry', 'few', 'accelerate', 'keep_memory']
+           'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'geometry', 'few', 'eager', 'accelerate',
+           'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
 import ctypes, hashlib, os, platform, shlex, shutil, subprocess, sys, tempfile
@@ -21,8 +22,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # %% ../nbs/03_kernels.ipynb #15606337
+from .experiment import choose
 from .models import BatchNormAct
 
 # %% ../nbs/03_kernels.ipynb #4e589aef
@@ -681,6 +684,7 @@ def compile_library(source:str, compiler:str) -> Path:
         cpp.write_text(source)
         done = subprocess.run([*shlex.split(compiler), *flags, str(cpp), "-o", str(out)], capture_output=True, text=True, timeout=120)
         if done.returncode: raise RuntimeError(next((l for l in done.stderr.splitlines() if "error" in l), f"{compiler} ended with {done.returncode}"))
+        with open(out, "rb") as f: os.fsync(f)
         os.replace(out, library)
     return library
 
@@ -715,7 +719,7 @@ def load_kernels() -> dict:   # dtype to Kernels
 @lru_cache(None)
 def kernels() -> dict|None:   # None: plain PyTorch
     "The kernels of this process. BNONLY_KERNELS=plain does without; so does a machine without compiler, with a line of notice."
-    if os.environ.get("BNONLY_KERNELS") == "plain": return None
+    if choose("BNONLY_KERNELS", os.environ.get("BNONLY_KERNELS") or "fused", ("fused", "plain")) == "plain": return None
     try: return load_kernels()
     except Exception as e:
         print(f"bnonly: no compiled kernels ({str(e).splitlines()[0]}), training is slower", file=sys.stderr)
@@ -959,14 +963,15 @@ class LeanPool(torch.autograd.Function):
 # %% ../nbs/03_kernels.ipynb #9e7f8245
 def _bn_forward(m, x, residual=None):
     "`BatchNormAct.forward` in one step."
+    if m.momentum is None or not m.track_running_stats: return type(m).forward(m, x, residual)
     if m.training: m.num_batches_tracked.add_(1)
     return bn_act(x, residual, m.weight, m.bias, m.running_mean, m.running_var, m.training, m.momentum, m.eps, m.relu)
 
 def _low(m, weight, dtype, copy=False):   # the frozen weight of a layer, rounded again only where somebody changed it
-    version = weight._version, weight.data_ptr()
-    if getattr(m, "_rounded", (None,))[0] != version:
-        with torch.inference_mode(False): m._rounded = version, weight.detach().to(dtype, copy=copy), weight.detach()   # which keeps its address taken
-    return m._rounded[1]
+    was, low = getattr(m, "_rounded", (None, None))
+    if was is None or (was.dtype, low.dtype) != (weight.dtype, dtype) or not torch.equal(was, weight):
+        with torch.inference_mode(False): m._rounded = was, low = weight.detach().clone(), weight.detach().to(dtype, copy=copy)
+    return low
 
 def _bias(m, dtype): return None if m.bias is None else m.bias.to(dtype)
 
@@ -978,13 +983,13 @@ def _conv_forward(m, dtype, x):
     "The forward pass of a convolution."
     trains = m.weight.requires_grad or m.bias is not None and m.bias.requires_grad
     if trains and torch.is_autocast_enabled("cpu") == (dtype == torch.float32): return nn.Conv2d.forward(m, x)
-    if m.weight.requires_grad: vars(m).pop("_rounded", None)   # what an optimizer moves may raise no version
     weight = m.weight if m.weight.requires_grad else _low(m, m.weight, dtype)
     how = weight, _bias(m, dtype), *geometry(m)
     return LeanConv.apply(x.to(dtype), *how) if trains or x.requires_grad else convolve(x.to(dtype), *how)
 
 def _linear_forward(m, dtype, x):
     "The forward pass of a frozen linear layer, which keeps nothing of its input already."
+    if any(p.requires_grad for p in m.parameters()): return nn.Linear.forward(m, x)   # no longer frozen
     return F.linear(x.to(dtype), _low(m, m.weight, dtype), _bias(m, dtype))
 
 # %% ../nbs/03_kernels.ipynb #7c65821b
@@ -993,7 +998,10 @@ def _few_forward(m, dtype, x):
     entries, values = m.parametrizations.weight[0], m.parametrizations.weight.original
     weight, now = _low(m, entries.base, dtype, copy=True), values.detach().to(dtype)
     if not torch.equal(weight.take(entries.index), now): weight.put_(entries.index, now)   # a fused optimizer raises no version
-    if isinstance(m, nn.Linear): return FewEntries.apply(x.to(dtype).contiguous(), values, weight, entries.index, _bias(m, dtype))
+    if isinstance(m, nn.Linear):
+        y = FewEntries.apply(x.to(dtype).reshape(-1, x.shape[-1]), values, weight, entries.index, _bias(m, dtype))
+        return y.view(*x.shape[:-1], -1)
+    if x.dim() != 4: return type(m).forward(m, x)
     return FewEntries.apply(_channels_last(x, dtype), values, weight, entries.index, _bias(m, dtype), *geometry(m))
 
 # %% ../nbs/03_kernels.ipynb #e1b1ba9e
@@ -1010,19 +1018,27 @@ def _pool_forward(m, x):
     "The forward pass of a max-pooling layer."
     return LeanPool.apply(x, *([o]*2 if isinstance(o, int) else o for o in (m.kernel_size, m.stride, m.padding, m.dilation)), m.ceil_mode)
 
+def eager(x) -> bool:
+    "Whether a tensor has numbers in memory, which a kernel may read: it is not traced, exported, compiled, batched by `vmap` or counted."
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode(): return False
+    return type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+def _either(m, f, x, *rest): return f(x, *rest) if eager(x) else type(m).forward(m, x, *rest)
+
 def accelerate(model:nn.Module,      # frozen by its policy, channels-last, on its device
                dtype:torch.dtype     # of the convolutions
               ) -> nn.Module:        # the same model
     "Let the fused kernels compute, where there are any."
     if next(model.parameters()).device.type != "cpu" or kernels() is None: return model
     for m in model.modules():
-        if isinstance(m, BatchNormAct): m.forward = partial(_bn_forward, m)
-        if type(m) is nn.MaxPool2d: m.forward = partial(_pool_forward, m)
-        if few(m) and dtype in kernels(): m.forward = partial(_few_forward, m, dtype)
+        put = lambda f, *how: setattr(m, "forward", partial(_either, m, partial(f, m, *how)))
+        if isinstance(m, BatchNormAct): put(_bn_forward)
+        if type(m) is nn.MaxPool2d and not m.return_indices: put(_pool_forward)
+        if few(m) and dtype in kernels(): put(_few_forward, dtype)
         frozen = not any(p.requires_grad for p in m.parameters())
         if type(m) is nn.Conv2d and m.padding_mode == "zeros" and not isinstance(m.padding, str):
-            if frozen or way(dtype, m.weight, *geometry(m)) != "torch": m.forward = partial(_conv_forward, m, dtype)
-        if type(m) is nn.Linear and frozen: m.forward = partial(_linear_forward, m, dtype)
+            if frozen or way(dtype, m.weight, *geometry(m)) != "torch": put(_conv_forward, dtype)
+        if type(m) is nn.Linear and frozen: put(_linear_forward, dtype)
     return model
 
 # %% ../nbs/03_kernels.ipynb #ae3ce817

@@ -536,3 +536,61 @@ def test_the_final_accuracy_on_digits_does_not_depend_on_the_kernels(monkeypatch
     kernels.cache_clear()
     mean, var = ([f(a) for a in found.values()] for f in (statistics.mean, statistics.variance))
     assert abs(mean[0] - mean[1]) <= (sum(var) / 3)**.5, found
+
+
+def twins(policy="bn", arch="resnet8", dtype=torch.float32):
+    "A network as it is, and the same with the kernels, which have computed already."
+    plain, x = freeze(create_model(arch), policy).eval().to(**BIG), torch.randn(4, 3, 16, 16)
+    fast = accelerate(copy.deepcopy(plain), dtype)
+    fast(x)
+    return plain, fast, x
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_changed_behind_pytorchs_back_is_read_again(dtype):
+    plain, fast, x = twins(dtype=dtype)
+    for m in (*plain.modules(), *fast.modules()):
+        if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)): m.weight.data.mul_(-1)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16): got, want = fast(x), plain(x)
+    assert (got - want).norm() < (1e-5 if dtype == torch.float32 else .05)*want.norm()
+
+
+@needs_kernels
+def test_tensors_without_numbers_go_through_the_modules():
+    plain, fast, x = twins()
+    with torch.no_grad():
+        want = plain(x)
+        found = torch.export.export(fast, (x,)).module()(x), torch.func.vmap(lambda i: fast(i[None])[0])(x), torch.jit.trace(fast, x)(x)
+    for got in found: torch.testing.assert_close(got, want)
+    dx, = torch.autograd.grad(plain(x.requires_grad_()).square().sum(), x)
+    torch.testing.assert_close(torch.func.grad(lambda i: fast(i).square().sum())(x.detach()), dx)
+
+
+@needs_kernels
+def test_random_entries_of_a_linear_layer_take_inputs_of_any_shape():
+    net, x, found = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 10)), torch.randn(3, 5, 32), []
+    plain = freeze(net, "random2+output")
+    for model in (plain, accelerate(copy.deepcopy(plain), torch.float32)):
+        y = model(x)
+        found.append((y, model(x[0, 0]), *torch.autograd.grad(y.square().sum(), trainable(model).values())))
+    for a, b in zip(*found): torch.testing.assert_close(a, b)
+
+
+@needs_kernels
+def test_an_accelerated_network_may_change_its_mind():
+    "Its output layer trains after all, its statistics are averaged or none, it was made for inference alone."
+    plain, fast, x = twins()
+    freeze(fast, "bn+output")(x).square().sum().backward()
+    assert fast.fc.weight.grad.norm() > 0
+    for model in (plain, fast): torch.optim.swa_utils.update_bn([x], model)
+    torch.testing.assert_close(fast.eval()(x), plain.eval()(x))
+    for m in (*plain.modules(), *fast.modules()):
+        if isinstance(m, torch.nn.BatchNorm2d): m.track_running_stats, m.running_mean, m.running_var = False, None, None
+    torch.testing.assert_close(fast(x), plain(x))
+    with torch.inference_mode(): assert twins()[1](x).isfinite().all()
+
+
+def test_a_misspelt_choice_of_kernels_is_an_error(monkeypatch):
+    monkeypatch.setenv("BNONLY_KERNELS", "plian")
+    with pytest.raises(ValueError, match="nearest is 'plain'"): kernels.__wrapped__()
