@@ -698,6 +698,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'bnonly.train.Still.before_backward': ('train.html#still.before_backward', 'bnonly/train.py'),
                               'bnonly.train._bytes': ('train.html#_bytes', 'bnonly/train.py'),
                               'bnonly.train._digest': ('train.html#_digest', 'bnonly/train.py'),
+                              'bnonly.train._kept': ('train.html#_kept', 'bnonly/train.py'),
                               'bnonly.train._one_pixel': ('train.html#_one_pixel', 'bnonly/train.py'),
                               'bnonly.train._rounded': ('train.html#_rounded', 'bnonly/train.py'),
                               'bnonly.train._tensorboard': ('train.html#_tensorboard', 'bnonly/train.py'),

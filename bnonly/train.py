@@ -497,19 +497,28 @@ def fit(spec:Spec,                       # the run
         dtype:torch.dtype|None=None,     # of the convolutions; default: bfloat16 where it is faster
         say=None                         # called with a line about progress, at most every ten seconds
        ) -> dict:                        # the record, as record.json holds it
-    "Train a run and keep its record; at once where it is complete. `BrokenRecord` where the record was changed."
-    if record := agreed(load_record(folder := run_dir(spec, study))): return record
+    "Train a run and keep its record; at once where it is complete. `BrokenRecord` where the record was changed, `ValueError` where `data` is not the run's."
+    if data and data.name != spec.data:
+        raise ValueError(f"data {data.name!r} is not the {spec.data!r} of {spec.key}; give load_data({spec.data!r}), or train on other images with learner.")
+    if record := _kept(folder := run_dir(spec, study), data): return record
     device = torch.device(device or default_device())
     dtype = dtype or default_dtype(device, spec.arch)
     with Claim(folder) as claim:
         if not rank_distrib(): claim.wait(say or print)
-        if record := agreed(load_record(folder)): return record   # of another process, which this one has waited for
+        if record := _kept(folder, data): return record   # of another process, which this one has waited for
         data, journal = data or load_data(spec.data), Journal(folder, say)
         learn = learner(spec, data, [journal, *cbs, *trackers(spec, folder)], device, dtype)
         learn.fit(spec.epochs)
         record = agreed(finish(spec, learn, journal, data, dtype, [type(c).__name__ for c in cbs]))
         del learn, journal; gc.collect()   # a Learner and its callbacks hold each other, and with them the network
         return record
+
+def _kept(folder, data=None) -> dict|None:
+    "The record of a run, if there is one; `ValueError` where it was made on other images than `data`."
+    record = agreed(load_record(folder))
+    if record and data and record["data_digest"] != data.digest:
+        raise ValueError(f"{folder} was trained on other images ({record['images']}, digest {record['data_digest']}) than data holds ({data.label}, digest {data.digest}); name another study for these.")
+    return record
 
 # %% ../nbs/04_train.ipynb #786fb0fd
 def finish(spec, learn, journal, data, dtype, callbacks) -> dict|None:   # None but in the first process
@@ -546,5 +555,5 @@ def fit_many(specs:list[Spec],                # the runs
     data = {name: load_data(name).to(device) for name in {s.data for s in specs}}
     def one(spec):
         with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
-            return fit(spec, study, data[spec.data], device=device)
+            return _kept(run_dir(spec, study)) or fit(spec, study, data[spec.data], device=device)
     with ThreadPoolExecutor(at_once) as pool: return list(pool.map(one, specs))

@@ -54,6 +54,20 @@ def test_restored_networks_give_the_same_logits(policy):
         assert torch.equal(restore(spec)(x), kept["model"].eval()(x))
 
 
+def test_a_name_stands_for_one_data_set():
+    "Images of another name are not filed under it, and a record of other images is not theirs."
+    from bnonly.data import describe
+    digits, spec = load_data("digits"), replace(TINY, epochs=1)
+    with pytest.raises(ValueError, match="data 'mine' is not the 'digits' of resnet8.*give load_data"):
+        fit(spec, data=replace(digits, name="mine"))
+    assert len(results()) == 0
+    record = fit(spec, data=digits)
+    fewer = describe("digits", "fewer", replace(digits.train, x=digits.train.x[:256], y=digits.train.y[:256]), digits.test, digits.classes)
+    with pytest.raises(ValueError, match=f"other images .digits, digest {digits.digest}. than data holds .fewer, digest {fewer.digest}.; name another study"):
+        fit(spec, data=fewer)
+    assert fit(spec, data=digits) == record == fit(spec) and fit(spec, "fewer", data=fewer)["images"] == "fewer"
+
+
 class Stop(Callback):
     "Stop as a user would, after some epochs."
     order = 70
