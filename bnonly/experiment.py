@@ -321,14 +321,16 @@ class Claim:
 
     def take(self) -> bool:
         "Claim the run, unless somebody holds it. `OSError` where its folder cannot be written to."
+        made = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             held = claims(self.folder)
             if held and not void(held[-1]): return False
             file = self.folder/f"claim-{int(held[-1].stem[6:])+1 if held else 1}.json"
-            with open(file, "x") as f: f.write(json.dumps(self.me))
+            with open(file, "x") as f: made = file; f.write(json.dumps(self.me))
             if not all(void(f) for f in claims(self.folder) if f != file): return file.unlink(missing_ok=True) or False
         except OSError as e:
+            if made: made.unlink(missing_ok=True)   # a disk is full: nobody shall wait for this one
             if isinstance(e, FileExistsError) and self.folder.is_dir(): return False
             raise unwritable(self.folder, e) from e
         self.file = file
@@ -356,12 +358,16 @@ def beat(self:Claim):
 @patch
 def wait(self:Claim, say=print, pause:float=1):   # say: called with one sentence where there is somebody to wait for; pause: seconds
     "Claim the run as soon as nobody else holds it."
-    told = False
+    told = looks = 0
     while not self.take():
-        who = owner(claims(self.folder)[-1]) if claims(self.folder) else {}
+        looks, held = looks+1, claims(self.folder)[-1:]
+        who = owner(held[0]) if held else {}
         if who == self.me: return self
-        if who and not told: say(f"{self.folder.name} is being trained by process {who['pid']} on {who['host'].split()[0]}; waiting for its record.")
-        told = told or bool(who)
+        if not told and (who or held and looks > 2):   # an empty claim may be just being written
+            by = f"is being trained by process {who['pid']} on {who['host'].split()[0]}; waiting for its record" if who else \
+                 f"is claimed by {held[0]}, which does not say whose it is; waiting until it is {STALE//60} minutes old (delete it if nobody trains the run)"
+            say(f"{self.folder.name} {by}.")
+            told = 1
         time.sleep(pause)
     return self
 

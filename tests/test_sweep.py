@@ -79,6 +79,12 @@ def test_a_full_disk_is_named_and_keeps_the_last_good_state(monkeypatch):
     assert sweep("scratch", [TINY], workers=1, say=quiet) == {}
 
 
+def test_a_full_disk_leaves_no_claim_that_nobody_holds(tmp_path):
+    code = "import sys; from bnonly.experiment import Claim; Claim(sys.argv[1]).take()"
+    done = subprocess.run(["bash", "-c", 'ulimit -f 0; exec "$@"', "-", sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert f"{tmp_path} could not be written" in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch):
     monkeypatch.setenv("BNONLY_RUNS", "/proc/runs")
     failed = sweep("scratch", [TINY], workers=1, say=quiet)
