@@ -7,8 +7,8 @@ __all__ = ['LR', 'RATES', 'TRACKERS', 'Later', 'later', 'deferred', 'step', 'ima
            'sgd', 'groups', 'together', 'default_device', 'pays', 'default_dtype', 'prepare', 'loss_func', 'learner',
            'shape', 'top5', 'SmoothLoss', 'recorder', 'Epochs', 'Still', 'Run', 'hold_out', 'part', 'HeldOut',
            'Patience', 'Parallel', 'plain', 'enough', 'summed', 'gathered', 'agreed', 'random_states',
-           'set_random_states', 'save_state', 'load_state', 'Journal', 'machine', 'trackers', 'fit', 'finish',
-           'fit_many']
+           'set_random_states', 'save_state', 'read_state', 'load_state', 'Journal', 'machine', 'trackers', 'fit',
+           'finish', 'fit_many']
 
 # %% ../nbs/04_train.ipynb #e95824b2
 import builtins, gc, hashlib, inspect, json, math, os, platform, random, sys, time, warnings
@@ -373,37 +373,44 @@ def _digest(tensors, told):
     return h.hexdigest()
 def _bytes(t): return t.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
-def save_state(learn:Learner, path:Path, rows:list):   # the metrics of the epochs that are done
+def save_state(learn:Learner, path:Path, rows:list,   # the metrics of the epochs that are done
+               **part):                               # what the next part of the run must know of this one; JSON values
     "Write what training needs to go on."
     momenta = {n: learn.opt.opt.state[p].get("momentum_buffer") for n,p in trainable(plain(learn.model)).items()}
     tensors = ({f"moved/{n}": t for n,t in moved(plain(learn.model)).items()}
                | {f"momentum/{n}": t for n,t in momenta.items() if t is not None})
     tensors = {n: t.detach().cpu().contiguous() for n,t in tensors.items()}
-    told = dict(rows=json.dumps(rows), random=json.dumps(random_states()))
+    told = {k: json.dumps(v) for k,v in dict(rows=rows, random=random_states(), **part).items()}
     write(path, safetensors.torch.save(tensors, told | dict(digest=_digest(tensors, told))))
 
 # %% ../nbs/04_train.ipynb #19ddb533
-def load_state(learn:Learner, path:Path) -> list:   # the metrics of the epochs that are done
-    "Put a saved state back; `ValueError` where the file is not as it was written."
+def read_state(path:Path) -> tuple:   # what it tells, and its tensors, both by name
+    "A saved state, nothing where there is none; `ValueError` where the file is not as it was written."
+    if not path.exists(): return {}, {}
     try:
         with safetensors.safe_open(path, "pt") as f: told, tensors = f.metadata(), {n: f.get_tensor(n) for n in f.keys()}
         if told.pop("digest") != _digest(tensors, told): raise ValueError
     except Exception as e:
         raise ValueError(f"{path} is damaged; delete it to start the run anew.") from e
+    return {k: json.loads(v) for k,v in told.items()}, tensors
+
+def load_state(learn:Learner, path:Path) -> list:   # the metrics of the epochs that are done
+    "Put a saved state back; `ValueError` where the file is not as it was written."
+    told, tensors = read_state(path)
     of = lambda kind: {n.partition("/")[2]: t for n,t in tensors.items() if n.startswith(kind)}
     load_moved(plain(learn.model), of("moved/"))
     for n,t in of("momentum/").items():
         p = plain(learn.model).get_parameter(n)
         learn.opt.opt.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(t)   # laid out as p, which fused SGD relies on
-    set_random_states(json.loads(told["random"]))
-    return json.loads(told["rows"])
+    set_random_states(told["random"])
+    return told["rows"]
 
 # %% ../nbs/04_train.ipynb #3413971e
 class Journal(Callback):
     "Write each epoch's metrics and state to the folder of a run, and go on from there."
     order = 60   # after Recorder
     def __init__(self, folder:Path, say=None):   # say: called with a line about progress, at most every ten seconds
-        self.folder, self.say, self.rows, self.diverged = Path(folder), say, [], False
+        self.folder, self.say, self.rows, self.diverged, self.part = Path(folder), say, [], False, {}
         self.table, self.state = self.folder/"metrics.csv", self.folder/"checkpoint.safetensors"
 
     def before_fit(self):
@@ -413,6 +420,16 @@ class Journal(Callback):
         self.learn.past = tuple(self.rows)
         self.learn.first_epoch = len(self.rows)
         self.start -= sum(r["seconds"] for r in self.rows)
+
+    def go_on(self, data, dtype:torch.dtype|None, default:torch.dtype, callbacks:list) -> torch.dtype:   # in which to train
+        "Keep what the record will say of all parts of the run; `ValueError` where this part does not go with those before."
+        told, asked = read_state(self.state)[0], str(dtype or default).split(".")[-1]
+        before = told.get("callbacks", [])
+        self.part = dict(data_digest=data.digest, dtype=told.get("dtype", asked), callbacks=before + [c for c in callbacks if c not in before])
+        for what,now in dict(data_digest=data.digest, **dict(dtype=asked) if dtype else {}).items():
+            if told.get(what, now) != now:
+                raise ValueError(f"{self.folder} holds a run that began with {what} {told[what]!r}, not {now!r}; go on with that, or delete the folder to start the run anew.")
+        return getattr(torch, self.part["dtype"])
 
     def before_epoch(self): self.began, self.total, self.seen = time.monotonic(), 0., 0
 
@@ -433,7 +450,7 @@ def after_epoch(self:Journal):
     self.diverged = not math.isfinite(row["train_loss"] + row["loss"])
     if not rank_distrib():
         write(self.table, pd.DataFrame(self.rows).to_csv(index=False))
-        if self.epoch+1 < self.n_epoch and not self.diverged: save_state(self.learn, self.state, self.rows)
+        if self.epoch+1 < self.n_epoch and not self.diverged: save_state(self.learn, self.state, self.rows, **self.part)
         self.report(row)
     if self.diverged: raise CancelFitException
 
@@ -502,14 +519,14 @@ def fit(spec:Spec,                       # the run
         raise ValueError(f"data {data.name!r} is not the {spec.data!r} of {spec.key}; give load_data({spec.data!r}), or train on other images with learner.")
     if record := _kept(folder := run_dir(spec, study), data): return record
     device = torch.device(device or default_device())
-    dtype = dtype or default_dtype(device, spec.arch)
     with Claim(folder) as claim:
         if not rank_distrib(): claim.wait(say or print)
         if record := _kept(folder, data): return record   # of another process, which this one has waited for
         data, journal = data or load_data(spec.data), Journal(folder, say)
+        dtype = journal.go_on(data, dtype, default_dtype(device, spec.arch), [type(c).__name__ for c in cbs])
         learn = learner(spec, data, [journal, *cbs, *trackers(spec, folder)], device, dtype)
         learn.fit(spec.epochs)
-        record = agreed(finish(spec, learn, journal, data, dtype, [type(c).__name__ for c in cbs]))
+        record = agreed(finish(spec, learn, journal, data))
         del learn, journal; gc.collect()   # a Learner and its callbacks hold each other, and with them the network
         return record
 
@@ -521,7 +538,7 @@ def _kept(folder, data=None) -> dict|None:
     return record
 
 # %% ../nbs/04_train.ipynb #786fb0fd
-def finish(spec, learn, journal, data, dtype, callbacks) -> dict|None:   # None but in the first process
+def finish(spec, learn, journal, data) -> dict|None:   # None but in the first process
     "Seal the record of a run that has ended, and drop its checkpoint; `RuntimeError` where a reader's callback ended it."
     over = journal.diverged or bool(spec.patience) and learn.patience.over
     if len(journal.rows) < spec.epochs and not over:
@@ -537,8 +554,8 @@ def finish(spec, learn, journal, data, dtype, callbacks) -> dict|None:   # None 
         spec=spec.__dict__, status="complete" if finite else "diverged",
         final={k: v if math.isfinite(v) else None for k,v in last.items() if k not in ("lr", "seconds")},
         counts={k: int(v) for k,v in sizes.items()}, images=data.label, data_digest=data.digest, **told,
-        shape=shape(data), dtype=str(dtype).split(".")[-1],
-        seconds=round(sum(r["seconds"] for r in journal.rows), 1), callbacks=callbacks, machine=machine(learn.dls.train.device)),
+        shape=shape(data), dtype=journal.part["dtype"],
+        seconds=round(sum(r["seconds"] for r in journal.rows), 1), callbacks=journal.part["callbacks"], machine=machine(learn.dls.train.device)),
         ["metrics.csv", "moved.safetensors"])
     journal.state.unlink(missing_ok=True)
     return record

@@ -13,7 +13,7 @@ import torch
 from bnonly.data import load_data
 from bnonly.experiment import BrokenRecord, Spec, load_record, results, run_dir
 from bnonly.features import restore
-from bnonly.train import Journal, Run, fit, learner, load_state, pays, prepare, save_state
+from bnonly.train import Run, fit, learner, pays, prepare, read_state, save_state
 from fastai.callback.core import Callback
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +89,33 @@ def test_a_stopped_run_goes_on_bit_for_bit(policy):
     pd.testing.assert_frame_equal(drop("whole"), drop("parts"))
     assert whole["files"]["moved.safetensors"] == parts["files"]["moved.safetensors"]
     assert not (run_dir(spec, "parts") / "checkpoint.safetensors").exists()
+
+
+def test_a_record_tells_of_all_parts_of_its_run(monkeypatch):
+    "A run goes on in the dtype and on the images that it began with."
+    data = load_data("digits")
+    monkeypatch.setattr("bnonly.train.default_dtype", lambda *_: torch.bfloat16)
+    with pytest.raises(KeyboardInterrupt):
+        fit(TINY, cbs=[Stop(1)])
+    monkeypatch.setattr("bnonly.train.default_dtype", lambda *_: torch.float32)
+    with pytest.raises(ValueError, match=f"{run_dir(TINY)} holds a run that began with dtype 'bfloat16', not 'float32'; .*delete the folder"):
+        fit(TINY, dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"{run_dir(TINY)} holds a run that began with data_digest '{data.digest}', not 'f00'; .*delete the folder"):
+        fit(TINY, data=replace(data, digest="f00"))
+    record = fit(TINY)
+    assert (record["dtype"], record["callbacks"], record["final"]["epoch"]) == ("bfloat16", ["Stop"], 2)
+    assert sorted(f.name for f in run_dir(TINY).iterdir()) == ["metrics.csv", "moved.safetensors", "record.json"]
+
+
+def test_a_checkpoint_that_tells_less_is_gone_on_from(monkeypatch):
+    "As older versions wrote it: no digest of the images, no dtype, no callbacks."
+    from bnonly import train
+    with monkeypatch.context() as m:
+        m.setattr(train, "save_state", lambda learn, path, rows, **part: save_state(learn, path, rows))
+        with pytest.raises(KeyboardInterrupt):
+            fit(TINY, "old", cbs=[Stop(1)])
+    assert set(read_state(run_dir(TINY, "old") / "checkpoint.safetensors")[0]) == {"rows", "random"}
+    assert fit(TINY, "old")["final"] == fit(TINY, "whole")["final"]
 
 
 def test_a_damaged_checkpoint_is_refused_by_name():
