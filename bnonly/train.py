@@ -550,6 +550,7 @@ def finish(spec, learn, journal, data) -> dict|None:   # None but in the first p
     write(journal.folder/"moved.safetensors", safetensors.torch.save(ended, dict(spec=json.dumps(spec.__dict__))))
     sizes, last = counts(learn.model).loc["all"], journal.rows[-1]
     told = dict(undecodable=dict(count=len(left_out), names=named(left_out, 20))) if left_out else {}
+    for left in journal.folder.glob(".*.tmp"): left.unlink(missing_ok=True)   # by a process that was killed; before the record stands, none but us writes here
     record = seal(journal.folder, dict(
         spec=spec.__dict__, status="complete" if finite else "diverged",
         final={k: v if math.isfinite(v) else None for k,v in last.items() if k not in ("lr", "seconds")},

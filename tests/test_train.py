@@ -92,7 +92,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(policy):
 
 
 def test_a_record_tells_of_all_parts_of_its_run(monkeypatch):
-    "A run goes on in the dtype and on the images that it began with."
+    "A run goes on in the dtype and on the images that it began with; what a killed process left half written goes."
     data = load_data("digits")
     monkeypatch.setattr("bnonly.train.default_dtype", lambda *_: torch.bfloat16)
     with pytest.raises(KeyboardInterrupt):
@@ -102,6 +102,7 @@ def test_a_record_tells_of_all_parts_of_its_run(monkeypatch):
         fit(TINY, dtype=torch.float32)
     with pytest.raises(ValueError, match=f"{run_dir(TINY)} holds a run that began with data_digest '{data.digest}', not 'f00'; .*delete the folder"):
         fit(TINY, data=replace(data, digest="f00"))
+    (run_dir(TINY) / ".abc.tmp").write_text("half a checkpo")
     record = fit(TINY)
     assert (record["dtype"], record["callbacks"], record["final"]["epoch"]) == ("bfloat16", ["Stop"], 2)
     assert sorted(f.name for f in run_dir(TINY).iterdir()) == ["metrics.csv", "moved.safetensors", "record.json"]
