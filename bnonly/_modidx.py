@@ -312,6 +312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bnonly.explore.clamping': ('explore.html#clamping', 'bnonly/explore.py'),
                                 'bnonly.explore.distributions': ('explore.html#distributions', 'bnonly/explore.py'),
                                 'bnonly.explore.explorable': ('explore.html#explorable', 'bnonly/explore.py'),
+                                'bnonly.explore.free': ('explore.html#free', 'bnonly/explore.py'),
                                 'bnonly.explore.learning': ('explore.html#learning', 'bnonly/explore.py'),
                                 'bnonly.explore.load': ('explore.html#load', 'bnonly/explore.py'),
                                 'bnonly.explore.numbers': ('explore.html#numbers', 'bnonly/explore.py'),

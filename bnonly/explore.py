@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['load', 'choices', 'explorable', 'numbers', 'sentences', 'canvas', 'png', 'distributions', 'clamping', 'silence',
-           'learning', 'Explorer', 'serve']
+           'learning', 'Explorer', 'serve', 'free']
 
 # %% ../nbs/14_explore.ipynb #a7fac509
-import io, os, subprocess, sys, time
+import io, os, socket, subprocess, sys, time
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -189,11 +189,25 @@ def show(self:Explorer):
 
 # %% ../nbs/14_explore.ipynb #de736181
 def serve(port:int=8866, wait:bool=True) -> subprocess.Popen:
-    "Serve the explorer at http://127.0.0.1:<port>, until Ctrl-C; `ValueError` where Voila is not installed."
+    "Serve the explorer at http://127.0.0.1:<port>, until Ctrl-C; `ValueError` for a port that is not free, or without Voila, `RuntimeError` where it fails."
     from importlib.util import find_spec
     if not find_spec("voila"): raise ValueError("bnonly explore needs Voila; pip install 'bnonly[explore]', or open nbs/14_explore.ipynb in JupyterLab.")
+    if not 1 <= port <= 65535: raise ValueError(f"port {port} does not exist; it must be between 1 and 65535, as 8866 is.")
+    if not free(port): raise ValueError(f"port {port} is not free; the next that is free is {next(filter(free, (*range(port, 65536), *range(8866, port))), 'none')}.")
     here = os.pathsep.join(filter(None, [str(files("bnonly")), os.environ.get("JUPYTER_PATH")]))
     command = [sys.executable, "-m", "voila", root()/"nbs/14_explore.ipynb", "--template=offline", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
     server = subprocess.Popen(command, env=os.environ | dict(JUPYTER_PATH=here))
-    if wait: print(f"the explorer is at http://127.0.0.1:{port}; Ctrl-C ends it"); server.wait()
+    if not wait: return server
+    print(f"the explorer is at http://127.0.0.1:{port}; Ctrl-C ends it")
+    try:
+        if code := server.wait(): raise RuntimeError(f"Voila ended with exit code {code}; what it said is above.")
+    finally: server.terminate()
     return server
+
+def free(port:int) -> bool:
+    "Whether a server could listen on a port of this machine."
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")   # as the server does
+        try: s.bind(("127.0.0.1", port))
+        except OSError: return False
+        return True

@@ -128,6 +128,25 @@ def free_port():
         return s.getsockname()[1]
 
 
+def test_a_port_that_cannot_be_used_is_refused():
+    pytest.importorskip("voila", reason="voila is not installed: pip install 'bnonly[dev]'")
+    for port in (-1, 0, 99999):
+        with pytest.raises(ValueError, match=f"port {port} does not exist"):
+            explore.serve(port)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        with pytest.raises(ValueError, match=f"port {s.getsockname()[1]} is not free; the next that is free is [0-9]+"):
+            explore.serve(s.getsockname()[1])
+
+
+def test_the_explorer_fails_as_its_server_does(monkeypatch):
+    pytest.importorskip("voila", reason="voila is not installed: pip install 'bnonly[dev]'")
+    monkeypatch.setattr(explore.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        explore.serve(free_port())
+
+
 def voila(page, folder):
     "The explorer served as a page."
     pytest.importorskip("voila", reason="voila is not installed: pip install 'bnonly[dev]'")
