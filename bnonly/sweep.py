@@ -9,7 +9,7 @@ __all__ = ['ENGINES', 'PRICED', 'TRAINING', 'FAMILIES', 'state', 'failure', 'mis
            'core_hours', 'price']
 
 # %% ../nbs/05_sweep.ipynb #0017abd7
-import ast, hashlib, json, linecache, os, platform, sys, threading, time, traceback, warnings
+import ast, hashlib, json, linecache, os, platform, re, sys, threading, time, traceback, warnings
 from base64 import b64encode
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields, replace
@@ -210,7 +210,8 @@ def by_joblib(todo:list, workers:int, task) -> iter:   # task: from a spec to wh
 def by_ray(todo:list, workers:int, task, gpus:float=0) -> iter:   # gpus: for each run, a fraction where several share one
     "Results of a task over specs, as they come, from a Ray cluster."
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
+    try: import ray
+    except ImportError as e: raise ImportError(f"the engine 'ray' needs {e.name}, which is not installed; pip install 'bnonly[ray]'.") from None
     if not ray.is_initialized():
         try: ray.init(address="auto", log_to_driver=False)   # $RAY_ADDRESS, or a cluster that runs on this machine
         except ConnectionError:
@@ -239,7 +240,8 @@ def sweep(study:str,                      # a section of settings.ini, or a fold
     specs, cores = preset(study) if specs is None else specs, own_cores()
     failed = {s.key: _broken(s, study) for s in specs if state(s, study) == "broken"}
     todo, workers = unfinished(study, specs), workers or cores
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores//min(workers, max(1, len(todo)))))
+    told = re.match(r"\s*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))   # OpenMP knows '4,2' as well: the first counts
+    threads = int(told[1]) if told else max(1, cores//min(workers, max(1, len(todo))))
     task = partial(train_one, study=study, threads=threads, after=after)
     with Watch(study, todo, min(workers, len(todo)), say, pause) as watch:
         while todo:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from bnonly import experiment
 from bnonly.experiment import Claim, Spec, claims, load_record, results, run_dir
-from bnonly.sweep import failure, kept, missing, retry, state, sweep, unfinished
+from bnonly.sweep import by_ray, failure, kept, missing, retry, state, sweep, unfinished
 from bnonly.train import fit
 from fastai.callback.core import Callback
 
@@ -186,3 +186,14 @@ def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, mo
         cluster.shutdown()
     assert sorted(l.split()[0] for l in log.read_text().splitlines()) == sorted(s.key for s in specs)
     assert len(results("cluster")) == 6 and set(results("cluster").status) == {"complete"}
+
+
+def test_openmp_may_name_threads_of_several_levels(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1,1")
+    assert sweep("scratch", [], say=quiet) == {}
+
+
+def test_ray_is_asked_for_by_name_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'bnonly\[ray\]'"):
+        next(by_ray([TINY], 1, None))
