@@ -178,7 +178,8 @@ class Process:
     "A candidate in a process of its own."
     def __init__(self, *args):
         code = f"from bnonly.bench import worker; worker(*{args!r})"
-        self.name, self.pipe = args[0], subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.name, self.pipe = args[0], subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                                    start_new_session=True)   # Ctrl-C reaches this process alone, which ends the others
 
     def tell(self, what): print(json.dumps(what), file=self.pipe.stdin, flush=True)
 

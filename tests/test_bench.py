@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from bnonly.bench import bench_steps, seconds_of, tick, work
+from bnonly.bench import bench_steps, processes, seconds_of, tick, work
 from bnonly.experiment import runs_dir
 from bnonly.report import main
 
@@ -27,6 +27,17 @@ def test_a_row_of_the_benchmark(capsys):
 def test_the_benchmark_refuses_a_mistake_before_it_starts(argv, answer):
     with pytest.raises(SystemExit, match=answer):
         main(["bench", *argv])
+
+
+def test_a_benchmark_that_is_cut_off_says_so(monkeypatch):
+    "And its processes do not hear Ctrl-C: they end with their standard input."
+    def stop(*_): raise KeyboardInterrupt
+    monkeypatch.setattr("bnonly.bench.bench", stop)
+    with pytest.raises(SystemExit, match="keeps no record"):
+        main(["bench"])
+    with processes(["torch"]) as found:
+        assert os.getsid(found["torch"].pipe.pid) != os.getsid(0)
+    assert found["torch"].pipe.returncode == 0
 
 
 def test_goals_from_the_command_line(monkeypatch, capsys):

@@ -2,17 +2,20 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.parse import unquote
 
 import pandas as pd
 import pytest
-from bnonly.experiment import summary
+from bnonly.experiment import owner, running, runs_dir, summary
+from bnonly.report import inputs, main, pages, report, settings
 
 ROOT = Path(__file__).parents[1]
-MINI = """[mini]
+MINI = """[mini]   ; a small one
 epochs = 3
 arch = resnet8, resnet14
 policy = all, bn, random2, output
@@ -111,3 +114,71 @@ def test_a_mistake_is_answered_by_one_sentence(bnonly, args, answer):
     done = bnonly(*args)
     assert done.returncode == 1 and answer in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("args,answer", [(["train", "--study", "../outside"], "the nearest is 'outside'"), (["train", "--study", ""], "is not a name of letters"),
+                                         (["claims", ""], "is not a name of letters"), (["figures", "demo"], "no finished run"),
+                                         (["study", "demo", "--workers", "-3", "--dry-run"], "--workers -3 .* between 0 and 10000"),
+                                         (["study", "demo", "--gpus-per-run", "-1"], "--gpus-per-run -1.0 "), (["campaign", "--minutes", "nan"], "--minutes nan "),
+                                         (["study", "demo", "--engine", "rya", "--dry-run"], "the nearest is 'ray'")])
+def test_what_nothing_can_be_done_with_is_refused(args, answer):
+    with pytest.raises(SystemExit, match=answer):
+        main(args)
+
+
+@pytest.mark.parametrize("error,answer", [(ImportError("efficientnet needs timm."), "efficientnet needs timm."), (RuntimeError("it was claimed."), "it was claimed."),
+                                          (MemoryError(), "MemoryError"), (KeyboardInterrupt(), "what was finished is kept"),
+                                          (OSError("Exception occured in `Journal` when calling event `after_epoch`:\n\tthe disk is full."), "the disk is full.")])
+def test_an_error_on_the_way_is_one_sentence(monkeypatch, error, answer):
+    def fail(*_): raise error
+    monkeypatch.setattr("bnonly.report.train_command", fail)
+    with pytest.raises(SystemExit) as end:
+        main(["train"])
+    assert end.value.code == f"bnonly: {answer}" or isinstance(error, KeyboardInterrupt) and answer in end.value.code
+
+
+def test_only_training_and_timing_go_without_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr("bnonly.report.root", lambda: tmp_path)
+    monkeypatch.setattr("bnonly.report.train_command", lambda *_: None)
+    main(["train"])
+    for lacks in ("settings.ini", "nbs/04_train.ipynb"):
+        for command in (["study", "demo"], ["report", "demo"], ["explore"], ["campaign"]):
+            with pytest.raises(SystemExit, match=f"needs a checkout, and .* has no {lacks};"):
+                main(command)
+        (tmp_path / "settings.ini").touch()
+
+
+def test_a_section_may_have_a_comment_behind_its_name(tmp_path, monkeypatch):
+    project(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert settings("mini").splitlines()[:2] == ["[mini]", "epochs = 3"]
+
+
+def test_a_report_without_its_figures_is_drawn_again():
+    folder = runs_dir() / "demo/report"
+    (folder / "figures").mkdir(parents=True)
+    for name in pages("demo"):
+        (folder / f"{name}.html").touch()
+    (folder / "inputs.sha256").write_text(inputs("demo"))
+    assert report("demo") == folder / "index.html"
+    (folder / "figures").rmdir()
+    with pytest.raises(ValueError, match="no finished run"):
+        report("demo")
+
+
+def test_kill_ends_the_workers_too(tmp_path):
+    "Two runs of a study, stopped by SIGTERM once both are claimed."
+    project(tmp_path)
+    (tmp_path / "settings.ini").write_text(MINI.replace("epochs = 3", "epochs = 10000"))
+    study = subprocess.Popen([Path(sys.executable).parent / "bnonly", "study", "mini", "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    claims = lambda: list(runs_dir().glob("mini/*/claim-*"))
+    for _ in range(600):
+        if len(claims()) == 2: break
+        time.sleep(.2)
+    workers = {owner(c)["pid"] for c in claims()}
+    study.send_signal(signal.SIGTERM)
+    assert "bnonly: stopped" in study.communicate(timeout=60)[1] and len(workers) == 2
+    for _ in range(50):
+        if not any(map(running, workers)): break
+        time.sleep(.2)
+    assert not any(map(running, workers))
