@@ -291,9 +291,8 @@ def bench(archs=ARCHS, policies=TRAINS,
           rounds:int=3,        # turns of each candidate
           say=print            # called with each row, whose `bound` knows the best rates so far
          ) -> dict:            # the record
-    "Time every candidate on every network and policy, and keep the record; `ValueError` for a name that does not exist, or no rounds."
+    "Time every candidate on every network and policy, and keep the record; `ValueError` for a name that does not exist."
     for a,p in product(archs, policies): parse_arch(a), parse_policy(p)
-    if rounds < 1: raise ValueError(f"rounds {rounds} measures nothing; it must be 1 or more.")
     if open_lth and not (Path(open_lth)/"models/registry.py").exists():
         raise ValueError(f"--open-lth {open_lth!r} has no models/registry.py; name a checkout of github.com/facebookresearch/open_lth.")
     best, rows = (0, 0), []   # the best rates of all that are measured, one time for each row
@@ -314,8 +313,7 @@ def keep(what, rows, device=None, **rest) -> dict:
 
 # %% ../nbs/05_bench.ipynb #df39b854
 def bench_ideas(arch:str="resnet14", policies=("bn", "all"), rounds:int=4, say=print) -> dict:   # the record
-    "Time what each idea gives, and keep the record; `ValueError` for no rounds."
-    if rounds < 1: raise ValueError(f"rounds {rounds} measures nothing; it must be 1 or more.")
+    "Time what each idea gives, and keep the record."
     rows = []
     with processes([*IDEAS, "bnonly"]) as found:
         for p in policies:

@@ -796,8 +796,7 @@ def phases(weight,       # [O, C, K, K]
     if not back: lines = [(places, pad, 0)]
     else:   # input p = stride i + first is read by output i + (first + pad - k)/stride at place k, where that is whole
         met = [[k for k in places[::-1] if (first + pad - k) % stride == 0] for first in range(stride)]
-        w, lines = w.transpose(0, 1), [(ks, (ks[0] - first - pad)//stride if ks else 0, first) for first,ks in enumerate(met)]
-    if back: w = w.flip(2, 3)
+        w, lines = w.transpose(0, 1).flip(2, 3), [(ks, (ks[0] - first - pad)//stride if ks else 0, first) for first,ks in enumerate(met)]
     at = lambda ks: slice(places[-1] - ks[0], None, stride) if back and ks else slice(len(ks))
     def put(rows, columns):
         part = w[:, :, at(rows), at(columns)].unflatten(0, (-1, 16)).permute(0, 3, 4, 2, 1)

@@ -495,7 +495,7 @@ def check(argv, parser):
     for o in argv[1:]:
         if o.startswith("--"): choose("option", o.partition("=")[0], [n for n in options if n.startswith("--")])
 
-BETWEEN = dict(workers=(0, 10_000), gpus_per_run=(0, 1_000), minutes=(0, 10_000))   # option to its least and its most
+BETWEEN = dict(workers=(0, 10_000), gpus_per_run=(0, 1_000), minutes=(0, 10_000), rounds=(1, 10_000))   # option to its least and its most
 FASTAIS = r"(Exception occured in `\w+` when calling event `\w+`:\s*)+"   # what it puts before the message of an error
 
 def valid(args:dict):   # as the parser gives them

@@ -119,7 +119,7 @@ def test_a_mistake_is_answered_by_one_sentence(bnonly, args, answer):
 @pytest.mark.parametrize("args,answer", [(["train", "--study", "../outside"], "the nearest is 'outside'"), (["train", "--study", ""], "is not a name of letters"),
                                          (["claims", ""], "is not a name of letters"), (["figures", "demo"], "no finished run"),
                                          (["study", "demo", "--workers", "-3", "--dry-run"], "--workers -3 .* between 0 and 10000"),
-                                         (["study", "demo", "--gpus-per-run", "-1"], "--gpus-per-run -1.0 "), (["campaign", "--minutes", "nan"], "--minutes nan "),
+                                         (["study", "demo", "--gpus-per-run", "-1"], "--gpus-per-run -1.0 "), (["campaign", "--minutes", "nan"], "--minutes nan "), (["bench", "--rounds", "0"], "--rounds 0 "),
                                          (["study", "demo", "--engine", "rya", "--dry-run"], "the nearest is 'ray'")])
 def test_what_nothing_can_be_done_with_is_refused(args, answer):
     with pytest.raises(SystemExit, match=answer):
