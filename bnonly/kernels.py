@@ -966,10 +966,10 @@ def _bn_forward(m, x, residual=None):
     if m.training: m.num_batches_tracked.add_(1)
     return bn_act(x, residual, m.weight, m.bias, m.running_mean, m.running_var, m.training, m.momentum, m.eps, m.relu)
 
-def _low(m, weight, dtype, copy=False):   # the frozen weight of a layer, rounded again only where somebody changed it
+def _low(m, dtype):   # the frozen weight of a convolution, made again with its kernel's order only where somebody changed it
     was, low = getattr(m, "_rounded", (None, None))
-    if was is None or (was.dtype, low.dtype) != (weight.dtype, dtype) or not torch.equal(was, weight):
-        with torch.inference_mode(False): m._rounded = was, low = weight.detach().clone(), weight.detach().to(dtype, copy=copy)
+    if was is None or (was.dtype, low.dtype) != (m.weight.dtype, dtype) or not torch.equal(was, m.weight):
+        with torch.inference_mode(False): m._rounded = was, low = m.weight.detach().clone(), m.weight.detach().to(dtype)
     return low
 
 def _bias(m, dtype): return None if m.bias is None else m.bias.to(dtype)
@@ -982,21 +982,20 @@ def _conv_forward(m, dtype, x):
     "The forward pass of a convolution."
     trains = m.weight.requires_grad or m.bias is not None and m.bias.requires_grad
     if trains and torch.is_autocast_enabled("cpu") == (dtype == torch.float32): return nn.Conv2d.forward(m, x)
-    weight = m.weight if m.weight.requires_grad else _low(m, m.weight, dtype)
+    weight = m.weight if m.weight.requires_grad else _low(m, dtype)
     how = weight, _bias(m, dtype), *geometry(m)
     return LeanConv.apply(x.to(dtype), *how) if trains or x.requires_grad else convolve(x.to(dtype), *how)
 
 def _linear_forward(m, dtype, x):
     "The forward pass of a frozen linear layer, which keeps nothing of its input already."
     if any(p.requires_grad for p in m.parameters()): return nn.Linear.forward(m, x)   # no longer frozen
-    return F.linear(x.to(dtype), _low(m, m.weight, dtype), _bias(m, dtype))
+    return F.linear(x.to(dtype), m.weight.to(dtype), _bias(m, dtype))
 
 # %% ../nbs/03_kernels.ipynb #7c65821b
 def _few_forward(m, dtype, x):
-    "The forward pass of a layer of whose weight few entries train, which alone are rounded again."
+    "The forward pass of a layer of whose weight few entries train."
     entries, values = m.parametrizations.weight[0], m.parametrizations.weight.original
-    weight, now = _low(m, entries.base, dtype, copy=True), values.detach().to(dtype)
-    if not torch.equal(weight.take(entries.index), now): weight.put_(entries.index, now)   # a fused optimizer raises no version
+    weight = entries.base.to(dtype, copy=True).put_(entries.index, values.detach().to(dtype))
     if isinstance(m, nn.Linear):
         y = FewEntries.apply(x.to(dtype).reshape(-1, x.shape[-1]), values, weight, entries.index, _bias(m, dtype))
         return y.view(*x.shape[:-1], -1)

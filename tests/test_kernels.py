@@ -351,8 +351,10 @@ def test_the_gradient_of_a_few_entries_is_that_of_the_whole_weight(layer, shape,
     values = layer.parametrizations.weight.original
     values.grad = torch.ones_like(values)
     sgd([values], lr=1, momentum=0, weight_decay=0).step()
-    assert not torch.equal(layer(x), y)
-    assert torch.equal(layer._rounded[1], layer.weight.to(dtype))
+    now = copy.deepcopy(layer)
+    del now.forward   # its definition
+    torch.testing.assert_close(layer(x).double(), now.double()(x.double()), **near)
+    assert not torch.allclose(layer(x).double(), y.double(), **near)
 
 
 @pytest.mark.parametrize("layer", [torch.nn.Conv2d(4, 4, 3, groups=2, bias=False), torch.nn.Conv2d(4, 4, 3, dilation=2, bias=False),
@@ -400,16 +402,13 @@ def test_a_network_without_shortcuts_keeps_no_inputs_either():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_frozen_linear_layer_rounds_its_weight_once(dtype):
+def test_a_frozen_linear_layer_rounds_its_weight(dtype):
     net = accelerate(freeze(create_model("mlp2-100", size=8, in_channels=1), "bn"), dtype)
     layer, x = net.linear[1], torch.randn(4, 100)
     def fast():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16): return layer(x)
     assert torch.equal(fast(), torch.nn.functional.linear(x.to(dtype), layer.weight.to(dtype)))
-    kept = layer._rounded[1]
-    fast()
-    assert layer._rounded[1] is kept
-    with torch.no_grad(): layer.weight.mul_(2)
+    layer.weight.data.mul_(2)   # which PyTorch does not count
     assert torch.equal(fast(), torch.nn.functional.linear(x.to(dtype), layer.weight.to(dtype)))
     moving = accelerate(freeze(create_model("mlp2-100", size=8, in_channels=1), "all"), dtype)
     assert not any("forward" in vars(m) for m in moving.modules() if isinstance(m, torch.nn.Linear))
