@@ -9,7 +9,7 @@ __all__ = ['SCENE', 'DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL',
            'table1', 'tableC1', 'drawn', 'save', 'rounded', 'draw_table', 'plain_table', 'save_table', 'Line', 'Layout',
            'points', 'gaps', 'papers', 'told', 'accuracy_panel', 'seeds', 'corner', 'footnote', 'legend', 'empty',
            'images', 'accuracy_figure', 'Fit', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs',
-           'fig10', 'verdict', 'ordering', 'shown']
+           'fig10', 'beyond', 'verdict', 'ordering', 'shown']
 
 # %% ../nbs/07_accuracy.ipynb #df5f7ece
 import textwrap
@@ -583,11 +583,17 @@ def fig10(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     return footnote(fig, f"{images(table, both)}, {SPREAD}", *missing)
 
 # %% ../nbs/07_accuracy.ipynb #8bec663b
+def beyond(se:float,           # of a mean, or of a difference of means; NaN of a single seed
+           n:int,              # seeds behind it, the fewer of a difference
+           single:float=2.     # points: what one or two seeds must differ by
+          ) -> float:          # points
+    "How far from a number a mean must lie to differ from it: two standard errors, and more with two seeds, which may agree by chance."
+    return single if np.isnan(se) else max(2*se, single*(n == 2))
+
 def verdict(above:dict, below:dict) -> str:   # rows of `summary`: mean, sd, n
-    "Whether one mean lies above another by more than two standard errors, and than two points where a seed or two stand behind one."
-    gap, n = above["mean"] - below["mean"], min(above["n"], below["n"])
-    error = (above["sd"]**2/above["n"] + below["sd"]**2/below["n"])**.5 if n > 1 else 0
-    margin = max(2*error, 2*(n < 3))
+    "Whether one mean lies `beyond` another."
+    gap, se = above["mean"] - below["mean"], (above["sd"]**2/above["n"] + below["sd"]**2/below["n"])**.5
+    margin = beyond(se, min(above["n"], below["n"]))
     return "holds" if gap > margin else "reversed" if -gap > margin else "not told apart"
 
 SEEDS = 3   # fewer say little about a spread
@@ -607,7 +613,7 @@ def ordering(table:pd.DataFrame   # as `results` gives it
 # %% ../nbs/07_accuracy.ipynb #cb2330dd
 def shown(mean:float, sd:float, n:int) -> str:   # e.g. '48.0 ± 0.7 (5)'
     "A mean over n seeds with its standard deviation, which a single seed does not have."
-    return f"{mean:.1f} ± {sd:.1f} ({n})" if n > 1 else f"{mean:.1f} (1)"
+    return f"{mean:.1f} ± {sd:.1f} ({n})" if n > 1 else f"{mean:.1f} (1)" if n else "not measured"
 
 def _compare(one, two):
     name, numbers = lambda r: f"{r['arch']} {r['policy']}", lambda r: shown(r["mean"], r["sd"], r["n"])

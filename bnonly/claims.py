@@ -21,7 +21,7 @@ import pandas as pd
 
 # %% ../nbs/12_claims.ipynb #a5d7fe64
 import bnonly.features as features
-from .accuracy import DEEP, IMAGENET, VGG, WIDE, budgets, convolutions, doubling, family, growth, papers_recipe, plain, sizes, small_runs
+from .accuracy import DEEP, IMAGENET, VGG, WIDE, beyond, budgets, convolutions, doubling, family, growth, papers_recipe, plain, sizes, small_runs
 from .experiment import NORMS, Spec, parse_arch, preset, results, runs_dir, write
 from .mlp import mlps
 from .regularization import at_start, methods, robust
@@ -140,8 +140,7 @@ def judge(item:Item,            # what was measured
           single:float=2.       # the margin of one or two seeds, and the most that a spread lets agree
          ) -> str:              # 'holds', 'undecided' or 'does not hold'
     "The one rule for a verdict."
-    two = item.n == 2 and item.sd == item.sd   # seeds, which may agree by chance; a fit's error is not theirs
-    error = single if np.isnan(item.se) else max(2*item.se, single*two)
+    error = beyond(item.se, item.n if item.sd == item.sd else 0, single)   # a fit's error is not that of its seeds
     if ordering: return "holds" if item.value > error else "undecided" if item.value >= -error else "does not hold"
     off = max(low - item.value, item.value - high, 0)
     margin = max(tolerance, min(error, single)) if tolerance else 0   # a spread as wide as the claim would agree with anything

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'BASES', 'ADDED', 'GROUP', 'PAPER', 'TABLES', 'NORMS', 'COLORS', 'at_start', 'fig_start', 'method',
-           'methods', 'over_seeds', 'shown', 'cases', 'accuracies', 'robustness', 'robust', 'evaluate_robustness',
-           'table3', 'fig2', 'lacking', 'fig3', 'in_numbers']
+           'methods', 'over_seeds', 'cases', 'accuracies', 'robustness', 'robust', 'evaluate_robustness', 'table3',
+           'fig2', 'lacking', 'fig3', 'in_numbers']
 
 # %% ../nbs/11_regularization.ipynb #6db7eee2
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/11_regularization.ipynb #505968eb
-from .accuracy import empty, footnote, save, save_table, seeds
+from .accuracy import empty, footnote, save, save_table, seeds, shown
 from .experiment import Spec, history, load_record, parse_arch, preset, results, run_dir, write
 
 # %% ../nbs/11_regularization.ipynb #6dd8b915
@@ -89,8 +89,6 @@ def over_seeds(table:pd.DataFrame,      # as `results` or `history` gives it
     own = own[own.status == "complete"] if "status" in own else own
     by = [c for c in [*GROUP, "method", "strength", *by] if c in own]
     return own.groupby(by, sort=False)[value].agg(mean="mean", sd="std", n="count").reset_index()
-
-def shown(mean:float, sd:float, n:int) -> str: return f"{mean:.1f} ± {sd:.1f} ({n})" if n > 1 else f"{mean:.1f} (1)" if n else "not measured"
 
 # %% ../nbs/11_regularization.ipynb #6f428ea4
 PAPER = {("imagenet", "one BatchNorm"): "73.8 ± 0.1", ("imagenet", "Fixup and one BatchNorm"): "74.9 ± 0.0",

@@ -526,5 +526,5 @@ def main(argv:list|None=None):
         else: dict(figures=figures_command, claims=claims_command, report=report_command)[args["command"]](args["name"])
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as e:
         sys.exit(f"bnonly: {re.sub(FASTAIS, '', str(e)) or type(e).__name__}")
-    except KeyboardInterrupt: sys.exit("\nbnonly: stopped; " + ("a benchmark that is cut off keeps no record; its rows are above" if argv[0] == "bench"
-                                       else "what was finished is kept, and the same command goes on from there"))
+    except KeyboardInterrupt: sys.exit("\nbnonly: stopped" + {"bench": "; a benchmark that is cut off keeps no record; its rows are above", "explore": ""}.get(argv[0],
+        "; what was finished is kept, and the same command goes on from there"))

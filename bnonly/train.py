@@ -573,5 +573,5 @@ def fit_many(specs:list[Spec],                # the runs
     data = {name: load_data(name).to(device) for name in {s.data for s in specs}}
     def one(spec):
         with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
-            return _kept(run_dir(spec, study)) or fit(spec, study, data[spec.data], device=device)
+            return fit(spec, study, data[spec.data], device=device)
     with ThreadPoolExecutor(at_once) as pool: return list(pool.map(one, specs))
