@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -980,6 +981,7 @@ def geometry(m) -> tuple:   # stride, padding, dilation, groups
 
 def _conv_forward(m, dtype, x):
     "The forward pass of a convolution."
+    if x.dim() != 4: return nn.Conv2d.forward(m, x)
     trains = m.weight.requires_grad or m.bias is not None and m.bias.requires_grad
     if trains and torch.is_autocast_enabled("cpu") == (dtype == torch.float32): return nn.Conv2d.forward(m, x)
     weight = m.weight if m.weight.requires_grad else _low(m, dtype)
@@ -988,18 +990,25 @@ def _conv_forward(m, dtype, x):
 
 def _linear_forward(m, dtype, x):
     "The forward pass of a frozen linear layer, which keeps nothing of its input already."
-    if any(p.requires_grad for p in m.parameters()): return nn.Linear.forward(m, x)   # no longer frozen
+    if m.weight.requires_grad or m.bias is not None and m.bias.requires_grad: return nn.Linear.forward(m, x)   # no longer frozen
     return F.linear(x.to(dtype), m.weight.to(dtype), _bias(m, dtype))
 
 # %% ../nbs/03_kernels.ipynb #7c65821b
+def _filled(m, base, dtype):   # a copy of the numbers that stay, which takes in those that train
+    key = dtype, base.data_ptr(), None if base.is_inference() else base._version
+    if getattr(m, "_copy", (None,))[0] != key:
+        with torch.inference_mode(False): m._copy = key, base.to(dtype, copy=True)
+    return m._copy[1]
+
 def _few_forward(m, dtype, x):
     "The forward pass of a layer of whose weight few entries train."
     entries, values = m.parametrizations.weight[0], m.parametrizations.weight.original
-    weight = entries.base.to(dtype, copy=True).put_(entries.index, values.detach().to(dtype))
+    if m.bias is not None and m.bias.requires_grad or x.dim() != 4 and not isinstance(m, nn.Linear): return type(m).forward(m, x)
+    weight, now = _filled(m, entries.base, dtype), values.detach().to(dtype)
+    if not torch.equal(weight.take(entries.index), now): weight.put_(entries.index, now)   # a fused optimizer raises no version
     if isinstance(m, nn.Linear):
         y = FewEntries.apply(x.to(dtype).reshape(-1, x.shape[-1]), values, weight, entries.index, _bias(m, dtype))
-        return y.view(*x.shape[:-1], -1)
-    if x.dim() != 4: return type(m).forward(m, x)
+        return y.view(*x.shape[:-1], y.shape[-1])
     return FewEntries.apply(_channels_last(x, dtype), values, weight, entries.index, _bias(m, dtype), *geometry(m))
 
 # %% ../nbs/03_kernels.ipynb #e1b1ba9e
@@ -1014,14 +1023,18 @@ def few(m) -> bool:
 
 def _pool_forward(m, x):
     "The forward pass of a max-pooling layer."
+    if x.dim() != 4: return type(m).forward(m, x)
     return LeanPool.apply(x, *([o]*2 if isinstance(o, int) else o for o in (m.kernel_size, m.stride, m.padding, m.dilation)), m.ceil_mode)
 
 def eager(x) -> bool:
-    "Whether a tensor has numbers in memory, which a kernel may read: it is not traced, exported, compiled, batched by `vmap` or counted."
+    "Whether a tensor has numbers that a kernel may read and nothing else asks for: not traced, exported, compiled, batched by `vmap` or counted."
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode(): return False
+    if not isinstance(x, torch.Tensor) or x.device.type != "cpu" or x.dtype not in (kernels() or ()) or forward_ad._current_level >= 0: return False
     return type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
-def _either(m, f, x, *rest): return f(x, *rest) if eager(x) else type(m).forward(m, x, *rest)
+def _either(m, f, x, *rest, **named):
+    own = eager(x) and all(p is None or p.dtype == torch.float32 for p in m._parameters.values())
+    return (f if own else partial(type(m).forward, m))(x, *rest, **named)
 
 def accelerate(model:nn.Module,      # frozen by its policy, channels-last, on its device
                dtype:torch.dtype     # of the convolutions

@@ -14,7 +14,7 @@ import torch
 from bnonly.data import load_data, loaders
 from bnonly.experiment import Spec
 from bnonly.kernels import _own, _way, LeanConv, LeanPool, accelerate, bn_act, bn_act_plain, compile_library, convolve, few, input_gradient, kernels, transformed, way, weight_gradient
-from bnonly.models import create_model
+from bnonly.models import BatchNormAct, create_model
 from bnonly.policies import RandomEntries, freeze, trainable
 from bnonly.train import fit, loss_func, prepare, sgd
 
@@ -562,8 +562,32 @@ def test_tensors_without_numbers_go_through_the_modules():
         want = plain(x)
         found = torch.export.export(fast, (x,)).module()(x), torch.func.vmap(lambda i: fast(i[None])[0])(x), torch.jit.trace(fast, x)(x)
     for got in found: torch.testing.assert_close(got, want)
+    torch.testing.assert_close(copy.deepcopy(fast).double()(x.double()).float(), want, atol=1e-4, rtol=1e-4)
+    assert copy.deepcopy(fast).to("meta")(x.to("meta")).shape == want.shape   # and on another device
+    plain.train(), fast.train()
+    with torch.autograd.forward_ad.dual_level():
+        found = [torch.autograd.forward_ad.unpack_dual(m(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))).tangent for m in (fast, plain)]
+    torch.testing.assert_close(*found)
+    plain.eval(), fast.eval()
     dx, = torch.autograd.grad(plain(x.requires_grad_()).square().sum(), x)
     torch.testing.assert_close(torch.func.grad(lambda i: fast(i).square().sum())(x.detach()), dx)
+
+
+@needs_kernels
+def test_layers_take_what_pytorchs_take():
+    "An image alone, a residual by its name, a batch of none, a bias that trains after all."
+    x = torch.randn(4, 16, 8, 8).contiguous(**BIG)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.MaxPool2d(2)).requires_grad_(False)
+    both = [torch.autograd.grad(m(one).square().sum(), one)[0] for m in (layers, accelerate(copy.deepcopy(layers), torch.float32))
+            for one in [x[0].clone().requires_grad_()]]
+    torch.testing.assert_close(*both)
+    bn = BatchNormAct(16)
+    torch.testing.assert_close(accelerate(copy.deepcopy(bn), torch.float32)(x, residual=x), bn(x, residual=x))
+    net = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 10))
+    fast = accelerate(freeze(net, "random2+output"), torch.float32)
+    assert fast(torch.zeros(0, 32)).shape == (0, 10)
+    fast[0].bias.requires_grad_()
+    assert torch.autograd.grad(fast(torch.randn(5, 32)).square().sum(), fast[0].bias)[0].any()
 
 
 @needs_kernels
