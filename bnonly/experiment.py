@@ -389,7 +389,8 @@ def records(study:str|None=None   # a study's name; None for all of them
     for path in sorted(paths):
         try: record = load_record(path.parent)
         except BrokenRecord as e: warnings.warn(str(e)); continue
-        spec = {f.name: f.default for f in fields(Spec)} | record["spec"]
+        try: spec = asdict(Spec(**record["spec"]))
+        except (TypeError, ValueError) as e: warnings.warn(f"{path} is left out: {e}"); continue
         found.append(dict(record, spec=spec, study=path.parent.parent.name, folder=str(path.parent)))
     return found
 

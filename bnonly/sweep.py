@@ -66,7 +66,7 @@ def select(specs:list[Spec],   # of a study
 
 def _has(spec, name, value):
     "Whether a spec has this value; the error where it cannot have it, as a ResNet cannot have norm=affine."
-    try: return replace(spec, **{name: value}) == spec
+    try: return replace(spec, **{name: value}) == spec and (name != "bn_init" or value == spec.bn_init)   # of all-affine it makes no difference
     except ValueError as e: return e
 
 # %% ../nbs/05_sweep.ipynb #978be674

@@ -176,18 +176,21 @@ def prepare(model, device, dtype):
     model = accelerate(model.to(device, memory_format=torch.channels_last), dtype)
     if (device.type, dtype) == ("cpu", torch.bfloat16):
         for m in model.modules():
-            square = type(m) is torch.nn.Conv2d and m.dilation == (1, 1) and m.padding_mode == "zeros" and not isinstance(m.padding, str)
-            if square and m.weight.requires_grad and all(p < k for p,k in zip(m.padding, m.kernel_size)): m.forward = partial(_one_pixel, m, m.forward)
+            if not isinstance(m, torch.nn.Conv2d) or m.dilation != (1, 1) or m.padding_mode != "zeros" or isinstance(m.padding, str): continue
+            m._conv_forward = partial(_one_place, m)
+            if type(m) is torch.nn.Conv2d and m.weight.requires_grad: m.forward = partial(_one_pixel, m, m.forward)
     if dtype != torch.float32: model.forward = partial(_rounded, model, device.type, dtype)
     model.prepared = str(dtype).removeprefix("torch.")
     return model
 
-def _one_pixel(conv, forward, x):
+def _one_place(conv, x, weight, bias):
     "A convolution of an image of one pixel uses one place of its weight; PyTorch 2.15 writes no gradient at some of the others, in bfloat16 on a CPU."
-    y = forward(x)
-    if x.shape[2:] != (1, 1) or y.shape[2:] != (1, 1): return y
+    sizes = [(p < k, 1 + 2*p - k, s) for p,k,s in zip(conv.padding, conv.kernel_size, conv.stride)]
+    if x.shape[2:] != (1, 1) or not all(meets and 0 <= more < s for meets,more,s in sizes): return type(conv)._conv_forward(conv, x, weight, bias)
     (h, w), one = conv.padding, slice(None)
-    return F.conv2d(x, conv.weight[one, one, h:h+1, w:w+1], conv.bias, groups=conv.groups)
+    return F.conv2d(x, weight[one, one, h:h+1, w:w+1], bias, groups=conv.groups)
+
+def _one_pixel(conv, forward, x): return torch.nn.Conv2d.forward(conv, x) if x.shape[2:] == (1, 1) else forward(x)
 
 def _rounded(model, kind, dtype, x):
     "The forward pass of a network with its convolutions in `dtype`."
@@ -517,6 +520,8 @@ def fit(spec:Spec,                       # the run
     "Train a run and keep its record; at once where it is complete. `BrokenRecord` where the record was changed, `ValueError` where `data` is not the run's."
     if data and data.name != spec.data:
         raise ValueError(f"data {data.name!r} is not the {spec.data!r} of {spec.key}; give load_data({spec.data!r}), or train on other images with learner.")
+    if data and not data.unchanged():
+        raise ValueError(f"data holds other images than those of its digest {data.digest}; bnonly.data.describe gives them a digest of their own.")
     if record := _kept(folder := run_dir(spec, study), data): return record
     device = torch.device(device or default_device())
     with Claim(folder) as claim:
