@@ -8,7 +8,7 @@ __all__ = ['SCENE', 'DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL',
            'family', 'panels', 'papers_recipe', 'plain', 'left_out', 'convolutions', 'sizes', 'specifications',
            'table1', 'tableC1', 'drawn', 'save', 'rounded', 'draw_table', 'plain_table', 'save_table', 'Line', 'Layout',
            'points', 'gaps', 'papers', 'told', 'accuracy_panel', 'seeds', 'corner', 'footnote', 'legend', 'empty',
-           'images', 'accuracy_figure', 'Fit', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs',
+           'images', 'accuracy_figure', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs',
            'fig10', 'beyond', 'verdict', 'ordering', 'shown']
 
 # %% ../nbs/07_accuracy.ipynb #df5f7ece
@@ -26,7 +26,7 @@ from matplotlib.ticker import FixedLocator
 from scipy.stats import linregress
 
 # %% ../nbs/07_accuracy.ipynb #0707d04e
-from .experiment import Spec, incomplete, parse_arch, preset, results, runs_dir, summary, write
+from .experiment import IMAGENET_DEPTHS, VGG_DEPTHS, Spec, incomplete, parse_arch, preset, results, runs_dir, summary, write
 
 # %% ../nbs/07_accuracy.ipynb #8f3a7030
 plt.style.use(files("bnonly")/"bnonly.mplstyle")
@@ -136,8 +136,8 @@ def sizes(arch:str,           # e.g. 'resnet56'
 # %% ../nbs/07_accuracy.ipynb #f5821f57
 DEEP = [f"resnet{d}" for d in (14, 32, 56, 110, 218, 434, 866)]
 WIDE = [f"wrn14-{2**i}" for i in range(6)]
-IMAGENET = [f"resnet{d}" for d in (18, 34, 50, 101, 200)]
-VGG = [f"vgg{d}" for d in (11, 13, 16, 19)]
+IMAGENET = [f"resnet{d}" for d in IMAGENET_DEPTHS]
+VGG = [f"vgg{d}" for d in VGG_DEPTHS]
 
 def specifications(families:dict   # name to its networks
                   ) -> pd.DataFrame:
@@ -364,11 +364,9 @@ def _named(line, archs):
     return f"{line.policy}{'' if line.bn_init == 'uniform' else f' ({line.bn_init})'} of {', '.join(archs)}"
 
 # %% ../nbs/07_accuracy.ipynb #da414403
-def papers(row:dict,      # with arch, data, policy and bn_init
-           value:str="accuracy"
-          ) -> float|None:
-    "The number that the paper's text gives for a point, if the point is on the paper's data."
-    return PAPER.get((row["arch"], row["policy"], row["bn_init"], value)) if row["data"] == papers_recipe(row["arch"]).data else None
+def papers(row:dict) -> float|None:   # row: with arch, data, policy and bn_init
+    "The accuracy that the paper's text gives for a point, if the point is on the paper's data."
+    return PAPER.get((row["arch"], row["policy"], row["bn_init"], "accuracy")) if row["data"] == papers_recipe(row["arch"]).data else None
 
 def told(layout:Layout, panel:str, data:str, value:str="accuracy") -> pd.DataFrame:   # at, tick, line, mean
     "What the paper's text gives in a panel of a figure, if the panel is on the paper's data."
@@ -469,20 +467,9 @@ def accuracy_figure(name:str,             # e.g. 'fig02'
     return footnote(fig, SPREAD, *missing)
 
 # %% ../nbs/07_accuracy.ipynb #13d530dc
-class Fit(NamedTuple):
-    "A straight line through accuracy against doublings of the parameter count."
-    slope: float       # points per doubling
-    intercept: float   # at one parameter
-    r2: float          # share of the variance that the line explains
-    p: float           # of a slope of zero, two-sided
-    stderr: float      # of the slope
-    n: int             # networks
-
-def doubling(counts, accuracies) -> Fit|None:   # None below three networks
+def doubling(counts, accuracies):   # scipy's `LinregressResult`, its slope in points per doubling; None below three networks
     "Fit accuracy against log2 of a parameter count."
-    if len(counts) < 3: return None
-    fit = linregress(np.log2(np.asarray(counts, float)), np.asarray(accuracies, float))
-    return Fit(fit.slope, fit.intercept, fit.rvalue**2, fit.pvalue, fit.stderr, len(counts))
+    if len(counts) > 2: return linregress(np.log2(np.asarray(counts, float)), np.asarray(accuracies, float))
 
 # %% ../nbs/07_accuracy.ipynb #3a5a68e9
 GROWING = {"ResNet": ("Increasing Depth", "tab:blue", 7), "WRN": ("Increasing Width", "tab:red", 4)}   # label, colour, size: ResNet-14 is on both
@@ -497,7 +484,7 @@ def budgets(table:pd.DataFrame   # as `results` gives it
     counts = own.drop_duplicates("arch").set_index("arch").trainable if "trainable" in own else {}
     return stats.assign(bn=stats.arch.map(counts)).sort_values("bn")
 
-def growth(table:pd.DataFrame) -> dict:   # panel to Fit, or None below three networks
+def growth(table:pd.DataFrame) -> dict:   # panel to what `doubling` gives
     "The slope of accuracy per doubling, by depth and by width."
     stats = budgets(table)
     return {p: doubling(own.bn, own["mean"]) for p,own in stats.groupby("panel", sort=False)}
@@ -516,7 +503,7 @@ def _budget_lines(ax, table, fits):
     for panel,own in budgets(table).groupby("panel", sort=False):
         label, color, size = GROWING[panel]
         f = doubling(own.bn, own["mean"]) if fits else None
-        if f: label += f": slope={f.slope:.3f}" + (f", r2={f.r2:.3f}, p={f.p:.2E}" if f.n > 3 else "")   # three points are nearly a line by themselves
+        if f: label += f": slope={f.slope:.3f}" + (f", r2={f.rvalue**2:.3f}, p={f.pvalue:.2E}" if len(own) > 3 else "")   # three points are nearly a line by themselves
         ax.errorbar(own.bn/1000, own["mean"], own.sd, fmt="o" if fits else "o-", ms=size, capsize=3, color=color, label=label, clip_on=False)
         ax.plot(own.bn/1000, [papers(r) for r in own.to_dict("records")], color=color, **STARS)
         x = np.array([own.bn.min(), own.bn.max()])
@@ -540,18 +527,14 @@ def fig03(table:pd.DataFrame, plan:list=()) -> plt.Figure:
 # %% ../nbs/07_accuracy.ipynb #487161f2
 WIDTHS = .125, .25, .5
 
-def small_resnets(budget:int,           # of parameters in all
-                  widths=WIDTHS,        # of the networks to look at
-                  deepest:int=302,      # depth to stop at
-                  tolerance:float=.15,  # share of the budget that a total may be off
-                  classes:int=10, channels:int=3
-                 ) -> dict:             # name to total, one for each width at most
+def small_resnets(budget:int   # of parameters in all
+                 ) -> dict:    # name to total, one for each width at most
     "Small ResNets whose total parameter count is near a budget (the grid search of Appendix D)."
     found = {}
-    for w in widths:
-        totals = {f"wrn{d}-{w:g}": sizes(f"wrn{d}-{w:g}", classes, channels)["total"] for d in range(8, deepest+1, 6)}
+    for w in WIDTHS:
+        totals = {f"wrn{d}-{w:g}": sizes(f"wrn{d}-{w:g}")["total"] for d in range(8, 303, 6)}
         name = min(totals, key=lambda a: abs(totals[a] - budget))
-        if abs(totals[name] - budget) <= tolerance*budget: found[name] = totals[name]
+        if abs(totals[name] - budget) <= .15*budget: found[name] = totals[name]
     return found
 
 # %% ../nbs/07_accuracy.ipynb #0a7931e4

@@ -181,14 +181,14 @@ def level(id, place, words, number, runs, column="accuracy", tolerance=.5, shown
     def measure(table): return [_item(a, p) for a,p in points_of(table, runs, column).items()]
     return Claim(id, place, words, shown or _shown(number), *_ends(number), measure, (runs,), tolerance, single=_single(column))
 
-def best(id, place, words, number, runs, column="accuracy", tolerance=.5):
+def best(id, place, words, number, runs, column="accuracy"):
     "The largest number in a family."
     def measure(table):
         found = points_of(table, runs, column)
         if not found: return []
         top = max(found.values(), key=lambda p: p.value)
         return [_item(top.name, top)._replace(used=(top, *found.values()))]
-    return Claim(id, place, words, _shown(number), *_ends(number), measure, (runs,), tolerance, whole=True)
+    return Claim(id, place, words, _shown(number), *_ends(number), measure, (runs,), whole=True)
 
 # %% ../nbs/12_claims.ipynb #d5fe6f1a
 def _differences(table, one, two, column):
@@ -245,13 +245,13 @@ def _small_items(table, rows, *others):
     used = tuple(p for words in (*others, f"{','.join(small_runs(table).arch)} all") for p in points_of(table, words).values())
     return [Item(r.arch, r.gap, r.se, r.sd, int(r.n), used) for r in rows.itertuples()]
 
-def small_networks(id, place, words, number, tolerance=1.):
+def small_networks(id, place, words, number):
     "How far fully trainable small networks are above BatchNorm alone at their budget, at best."
     def measure(table):
         own = budgets(table)
         found = _over(small_runs(table), own[own.panel == "ResNet"])
         return _small_items(table, found.nlargest(1, "gap"), "deep bn")
-    return Claim(id, place, words, _shown(number), *_ends(number), measure, ("deep bn", "small all"), tolerance)
+    return Claim(id, place, words, _shown(number), *_ends(number), measure, ("deep bn", "small all"), 1.)
 
 def strata(id, place, words):
     "Small networks of widths 1/4 and 1/2 above those of 1/8 at their budget."
@@ -367,10 +367,10 @@ DEPTH_WIDTH = [
     fitted("steeper", "Section 4", "how much steeper depth is than width (percent)", 18, ["deep bn", "wide bn"],
            lambda f, _: (100*(f["ResNet"].slope/f["WRN"].slope - 1), 0.) if {"ResNet", "WRN"} <= set(f) else None, 5),
     fitted("linear-depth", "Figure 3", "correlation of accuracy with log2 of the count, by depth (printed as r2)", .984, ["deep bn"],
-           lambda f, _: (f["ResNet"].r2**.5, 0.) if "ResNet" in f else None, .01),
-    fitted("linear-width", "Figure 3", "the same, by width", .996, ["wide bn"], lambda f, _: (f["WRN"].r2**.5, 0.) if "WRN" in f else None, .01),
+           lambda f, _: (abs(f["ResNet"].rvalue), 0.) if "ResNet" in f else None, .01),
+    fitted("linear-width", "Figure 3", "the same, by width", .996, ["wide bn"], lambda f, _: (abs(f["WRN"].rvalue), 0.) if "WRN" in f else None, .01),
     *(fitted(f"p-{name}", "Figure 3", f"log10 of the p of a slope of zero, by {name} (within half of one)", round(np.log10(p), 2), [f"{which} bn"],
-             lambda f, _, panel=panel: (np.log10(f[panel].p), 0.) if panel in f else None, .5, f"{p:.2E}")
+             lambda f, _, panel=panel: (np.log10(f[panel].pvalue), 0.) if panel in f else None, .5, f"{p:.2E}")
       for name,which,panel,p in (("depth", "deep", "ResNet", 6.14e-5), ("width", "wide", "WRN", 2.93e-5))),
     fitted("saturation", "Section 4, footnote 4", "how far the deepest network is from the line by depth (points; below)", (-10, 0), ["deep bn"],
            lambda f, t: _last_residual(t), 0),

@@ -132,9 +132,9 @@ def table_of(stats:pd.DataFrame,   # as `points` gives it
     return wide.reindex(columns=[l.label for l in lines]).droplevel(["width", "depth"]).rename_axis(columns=None).astype(object).fillna("")
 
 # %% ../nbs/10_mlp.ipynb #57ab50a4
-def width_figure(table:pd.DataFrame, plan:list=(), depths=(2, 4, 8, 14)) -> plt.Figure:
+def width_figure(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     "Accuracy of training only gamma against the width of the layers, a line for each depth."
-    stats = points(table, LINES[2:3])
+    stats, depths = points(table, LINES[2:3]), (2, 4, 8, 14)
     stats = stats[stats.depth.isin(depths) & (stats.arch != "lenet5")]
     archs = [a for a in mlps(*WIDTHS) if parse_arch(a).depth in depths]
     lacks = missing(plan, table, archs, LINES[2:3])
