@@ -18,7 +18,7 @@ import pandas as pd
 # %% ../nbs/08_affine.ipynb #a2d16779
 from .accuracy import ALL, BN, SERIES, SPREAD, WIDTH, corner, empty, family, footnote, gaps, images, legend, panels, papers_recipe, plain, save
 from .experiment import Spec, parse_arch, preset, summary
-from .features import THRESHOLDS, channels, clamped
+from .features import SILENT, THRESHOLDS, channels, clamped
 
 # %% ../nbs/08_affine.ipynb #cc20bab2
 PAIR = "all", "bn"   # the two policies of these figures
@@ -269,7 +269,7 @@ def decay_table(features:pd.DataFrame,   # as `channels` gives it
                ) -> pd.DataFrame:        # one row a policy and weight decay
     "The share of small gammas and of silent ReLUs, and the accuracy with and without those gammas."
     own, cut, by = several_decays(features), several_decays(curves), ["policy", "weight_decay"]
-    runs = own.assign(small=100.*(own.gamma.abs() < .01), silent=100.*(own.zero > .99).where(own.zero.notna()))
+    runs = own.assign(small=100.*(own.gamma.abs() < .01), silent=100.*(own.zero > SILENT).where(own.zero.notna()))
     runs = runs.groupby([*by, "seed"])[["small", "silent"]].mean()
     at = cut.pivot_table(index=[*by, "seed"], columns="threshold", values="accuracy").reindex(columns=[0., .01])
     runs = runs.join(at.set_axis(["accuracy", "without"], axis=1)).groupby(by)

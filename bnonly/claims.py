@@ -31,10 +31,10 @@ def _of_channels(own:pd.DataFrame) -> dict:
     "What the paper says of a network's gammas and ReLUs, in percent but for mean and standard deviation."
     g, share = own.gamma, lambda where: 100*where.mean()
     found = dict(mean=g.mean(), sd=g.std(), positive=share(g > 0), negative=share(g < 0),
-                 small01=share(g.abs() < .01), small05=share(g.abs() < .05), small1=share(g.abs() < .1))
-    zero = own.zero.dropna() if "zero" in own else []
+                 small01=share(g.abs() < .01), small05=share(g.abs() < .05))
+    zero, limit = own.zero.dropna() if "zero" in own else [], features.SILENT
     if len(zero) == 0: return found
-    return found | dict(silent=share(zero > .99), fixed=share((zero > .99) | (zero < .01)), sometimes=share((zero > .3) & (zero < .9)))
+    return found | dict(silent=share(zero > limit), fixed=share((zero > limit) | (zero < 1-limit)), sometimes=share((zero > .3) & (zero < .9)))
 
 def per_run(table:pd.DataFrame,       # as `results` gives it
             channels:pd.DataFrame,    # one row a channel: gamma, zero where there is a ReLU
