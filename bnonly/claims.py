@@ -22,7 +22,7 @@ import pandas as pd
 # %% ../nbs/12_claims.ipynb #a5d7fe64
 import bnonly.features as features
 from .accuracy import DEEP, IMAGENET, VGG, WIDE, beyond, budgets, convolutions, doubling, family, growth, papers_recipe, plain, sizes, small_runs
-from .experiment import NORMS, Spec, parse_arch, preset, results, runs_dir, write
+from .experiment import BN_INITS, INITS, NORMS, Spec, parse_arch, preset, results, runs_dir, write
 from .mlp import mlps
 from .regularization import at_start, methods, robust
 
@@ -80,10 +80,9 @@ def select(words:str   # e.g. 'deep bn', 'resnet866 bn positive', 'resnet18,resn
           ) -> Select:
     "Read a selection."
     which, policy, *rest = words.split()
-    inits, norms = [r for r in rest if r in ("he_uniform", "binary", "orthogonal")], [r for r in rest if r in NORMS]
-    bn_inits = [r for r in rest if r not in inits + norms]
+    field = {w: f for f,values in dict(init=INITS, bn_init=BN_INITS, norm=NORMS).items() for w in values}
     archs = [Spec(arch=a).arch for a in FAMILIES.get(which) or which.split(",")]
-    spec = Spec(arch=archs[0], policy=policy, init=(inits or ["he_normal"])[0], bn_init=(bn_inits or ["uniform"])[0], norm=(norms or ["batch"])[0])
+    spec = Spec(arch=archs[0], policy=policy, **{field.get(r, "bn_init"): r for r in rest})
     return Select(tuple(archs), spec.policy, spec.bn_init, spec.init, spec.norm, which if which in FAMILIES else "")
 
 # %% ../nbs/12_claims.ipynb #930d4d69
@@ -103,7 +102,7 @@ def _where(run):
     "On what a run was made. Other images have another recipe anyway."
     paper = papers_recipe(run["arch"])
     odd = [n for n in Spec.__dataclass_fields__ if n not in ("arch", "policy", "seed", "data", "epochs", *FREE) and n in run and run[n] != getattr(paper, n)]
-    told = [*(f"{n}={run[n]}" for n in odd), *(w for f,w in UNTOLD.items() if f == parse_arch(run["arch"]).family)]
+    told = filter(None, [*(f"{n}={run[n]}" for n in odd), UNTOLD.get(parse_arch(run["arch"]).family)])
     return run["images"], run["epochs"], ", ".join(told) if run["data"] == paper.data else ""
 
 # %% ../nbs/12_claims.ipynb #f04ec796
@@ -556,11 +555,11 @@ def _odd(run, where):
     "What else of a run is not the paper's, in words. Other images have another recipe anyway."
     if run["data"] == "digits": return ""
     odd = [f"{n}={run[n]}" for n,values in recipe_of(WHERE[where][0], run["data"]).items() if run[n] not in values]
-    return ", ".join([*odd, *[w for k,w in MISSING.items() if k == where]])
+    return ", ".join(filter(None, [*odd, MISSING.get(where)]))
 
 # %% ../nbs/12_claims.ipynb #506f0ee2
 def cases_of(runs:pd.DataFrame, where:str, name:str,   # a key of WHERE, a method
-             column="accuracy", stand_in=True, **only) -> dict:   # network to Point
+             column="accuracy", stand_in=True, strength=None) -> dict:   # network to Point
     "The mean of a column over seeds, at the strength and learning rate with the best accuracy, of those with the most seeds."
     if not len(runs) or column not in runs: return {}
     family = parse_arch(WHERE[where][0]).family
@@ -568,7 +567,7 @@ def cases_of(runs:pd.DataFrame, where:str, name:str,   # a key of WHERE, a metho
     exact = own[own.data == ("imagenet" if where == "b8" else where)]
     own = exact if len(exact) or not stand_in else own[own.data == "digits"]
     own = own[(own.method == name) & own[column].notna()]
-    for k,v in only.items(): own = own[own[k] == v]
+    if strength is not None: own = own[own.strength == strength]
     own, found = own.assign(odd=[_odd(r, where) for r in own.to_dict("records")]), {}
     for arch,part in own.groupby("arch"):
         part = part[part.odd == min(part.odd, key=len)]   # the paper's recipe, where a run has it
@@ -603,7 +602,7 @@ def stronger(id, place, words, where, name, column, sign=1):
     "A column rises (or, with sign -1, falls) with the strength of a penalty, from none on."
     def measure(runs):
         have = sorted(methods(runs).query("method == @name").strength.unique()) if len(runs) else []
-        found = [cases_of(runs, where, "Fixup", column), *(cases_of(methods(runs), where, name, column, strength=s) for s in have)]
+        found = [cases_of(runs, where, "Fixup", column), *(cases_of(runs, where, name, column, strength=s) for s in have)]
         return [_compared(f"{k}, step {i+1}", *((b[k], a[k]) if sign > 0 else (a[k], b[k])), column) for i,(a,b) in enumerate(zip(found, found[1:])) for k in a if k in b]
     return Claim(id, f"Dauphin and Cubuk, {place}", words, "rises" if sign > 0 else "falls", 0, np.inf, measure, (name, "Fixup"), ordering=True,
                  single=_margin(column, None), on=WHERE[where])

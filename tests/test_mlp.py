@@ -86,7 +86,7 @@ def test_a_run_ends_when_the_held_out_loss_has_not_fallen():
 
 
 def test_a_stopped_run_ends_at_the_same_epoch_bit_for_bit():
-    whole, last = fit(RUN, "whole"), None
+    whole = fit(RUN, "whole")
     for n in (3, whole["final"]["epoch"] - 5, 1):
         with pytest.raises(KeyboardInterrupt):
             fit(RUN, "parts", cbs=[Stop(n)])

@@ -12,10 +12,11 @@ from bnonly.data import BrokenData, load_data
 from bnonly.experiment import NORMS, Spec, history, parse_arch, results, run_dir
 from bnonly.features import analyse, channels, restore
 from bnonly.models import ACTS, BatchNormAct, BiasAct, Shortcut, Swish, Swished, branches, create_model, roles
-from bnonly.penalties import Standardize, divergence, mean_square
+from bnonly.penalties import divergence
 from bnonly.policies import counts, freeze
-from bnonly.regularization import at_start, evaluate_robustness, method, robust, robustness
+from bnonly.regularization import at_start, evaluate_robustness, robust, robustness
 from bnonly.train import RATES, fit, groups, learner
+from test_train import Stop
 
 TINY = Spec(arch="wrn10-0.25", policy="all", bn_init="ones", act="swish", schedule="cosine", epochs=2)
 CPU = dict(device=torch.device("cpu"), dtype=torch.float32)
@@ -173,15 +174,11 @@ def test_the_first_step_of_fixup_does_not_depend_on_the_depth():
 # -------- runs
 
 def test_a_run_is_measured_kept_stopped_and_restored(tmp_path, monkeypatch):
-    from fastai.callback.core import Callback
     monkeypatch.setenv("BNONLY_RUNS", str(tmp_path))
     spec = replace(TINY, norm="fixup", dropout=.5, functional_l2=.01)
     record = fit(spec, "one", **CPU)
     assert {"embedding_norm", "output_norm", "dropped"} <= set(record["final"]) and "embedding_norm" in results("one") and len(history("one")) == 2
-    class Stop(Callback):
-        order = 70
-        def after_epoch(self): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): fit(spec, "two", cbs=[Stop()], **CPU)
+    with pytest.raises(KeyboardInterrupt): fit(spec, "two", cbs=[Stop(1)], **CPU)
     assert fit(spec, "two", **CPU)["final"] == record["final"]   # Dropout's masks go on too
     model, data = restore(spec, "one"), load_data("digits")
     from bnonly.data import loaders

@@ -2,7 +2,6 @@
 import ast
 import inspect
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -171,7 +170,7 @@ def test_the_readme_tells_what_the_whole_schedule_gave(monkeypatch):
 def test_the_kernels_learn_as_well_as_pytorch(monkeypatch):
     "ResNet-14, BatchNorm only, 16 epochs of CIFAR-10 (JPEG): the committed runs of both agree within one standard error, those of today's kernels within two."
     from statistics import mean, variance
-    from bnonly.experiment import Spec, records
+    from bnonly.experiment import records
     monkeypatch.delenv("BNONLY_RUNS")
     spec = lambda r: Spec(arch="resnet14", policy="bn", data="cifar10", epochs=16, seed=r["spec"]["seed"]).__dict__
     reached = lambda *studies: [r["final"]["accuracy"] for s in studies for r in records(s) if r["spec"] == spec(r)]
