@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'STYLE', 'SORTING', 'CAPTIONS', 'THE_PAPERS', 'BESIDES', 'TABLES', 'HEADLINE', 'COMMANDS', 'BETWEEN',
-           'FASTAIS', 'drawing', 'execute', 'as_html', 'pages', 'page', 'table_html', 'picture', 'captions',
-           'stand_ins', 'caption', 'told', 'pictures', 'figures_html', 'spread', 'answer', 'claims', 'claims_html',
+           'FASTAIS', 'drawing', 'execute', 'as_html', 'pages', 'page', 'table_html', 'captions', 'stand_ins',
+           'caption', 'told', 'picture', 'pictures', 'figures_html', 'spread', 'answer', 'claims', 'claims_html',
            'recipe_html', 'overview', 'runs_page', 'site', 'settings', 'inputs', 'figures', 'report', 'train_command',
            'study_command', 'report_command', 'figures_command', 'claims_command', 'campaign_command',
            'explore_command', 'bench_command', 'bench_arguments', 'parser', 'check', 'valid', 'main']
@@ -114,14 +114,14 @@ def pages(study:str) -> dict:   # name of a page to its title, in reading order
     return (dict(index="Overview", figures="Figures", claims="Claims", runs="Every run", settings="Settings")
             | {n: n for n in drawn} | dict(article="How to read it") | {n: n for n in told if n not in drawn})
 
-def page(title:str, body:str, study:str="", here:str="", script:str="") -> str:
-    "A whole HTML page that needs nothing else; with its neighbours beside it, where a study is named."
+def page(title:str, body:str, study:str, here:str, script:str="") -> str:
+    "A whole HTML page that needs nothing else, with its neighbours beside it."
     link = lambda n,t: f"<a href='{n}.html'{' aria-current=page' if n == here else ''}>{html.escape(t)}</a>"
-    heads = {"index": "The study", "article": "How it is made", (drawing(study) or [""])[0]: "With their text"} if study else {}
-    nav = "".join((f"<span>{heads[n]}</span>" if n in heads else "") + link(n, t) for n,t in pages(study).items()) if study else ""
+    heads = {"index": "The study", "article": "How it is made", drawing(study)[0]: "With their text"}
+    nav = "".join((f"<span>{heads[n]}</span>" if n in heads else "") + link(n, t) for n,t in pages(study).items())
     return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><link rel=icon href='data:,'>"
             f"<title>{html.escape(title)}</title><style>{STYLE}{_colors() if here[:2].isdigit() else ''}</style><body>"
-            + (f"<nav><b>bnonly: {html.escape(study)}</b>{nav}</nav>" if study else "") + f"<main>{body}</main>" + (f"<script>{script}</script>" if script else "") + "</body></html>\n")
+            f"<nav><b>bnonly: {html.escape(study)}</b>{nav}</nav><main>{body}</main>" + (f"<script>{script}</script>" if script else "") + "</body></html>\n")
 
 def _colors():
     from pygments.formatters import HtmlFormatter
@@ -130,14 +130,6 @@ def _colors():
 def table_html(table, kind="", digits="{:.2f}") -> str:
     "A table that scrolls by itself where it is wider than the page."
     return f"<div class=table>{table.to_html(index=False, border=0, float_format=digits.format, na_rep='', classes=kind or None)}</div>"
-
-def picture(file:Path, caption:str, number:str="") -> str:
-    "A figure beside the page, with links to its data."
-    from PIL import Image
-    with Image.open(file) as im: wide, high = im.size
-    other = " · ".join(f"<a href='figures/{file.stem}.{k}'>{what}</a>" for k,what in dict(csv="data (CSV)", svg="SVG", png="PNG").items() if file.with_suffix("."+k).exists())
-    return (f"<figure id='{file.stem}'><img alt='{html.escape(caption, quote=True)}' src='figures/{file.name}' width={wide//2} height={high//2} loading=lazy>"
-            f"<figcaption>{f'<b>{number}</b> ' if number else ''}{html.escape(caption)} <span class=noprint>{other}</span></figcaption></figure>")
 
 # %% ../nbs/15_report.ipynb #ab5ae6f7
 CAPTIONS = {   # name to what it shows, the families it has panels for; the figures of `LAYOUTS` say it themselves
@@ -171,15 +163,14 @@ def _kinds(arch):
 
 def stand_ins(table) -> dict:   # family to a phrase
     "What a study has in place of each of the paper's families."
-    from bnonly.accuracy import plain
+    from bnonly.accuracy import plain, seeds
     table, found = plain(table, free=("bn_init",)), {}
     for name in THE_PAPERS:
         own = table[(table.status == "complete") & table.arch.map(lambda a: name in _kinds(a)).astype(bool)]
         if not len(own): continue
         archs = sorted(set(own.arch), key=parse_arch)
-        ages, seeds = "/".join(map(str, sorted(set(own.epochs)))), own.groupby(["arch", "policy", "bn_init"]).seed.nunique()
-        n = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
-        found[name] = f"{', '.join(archs)} on {', '.join(sorted(set(own.images)))} ({ages} epochs, n = {n}) in place of {THE_PAPERS[name]}"
+        ages, n = "/".join(map(str, sorted(set(own.epochs)))), seeds(own.groupby(["arch", "policy", "bn_init"]).agg(n=("seed", "nunique")))
+        found[name] = f"{', '.join(archs)} on {', '.join(sorted(set(own.images)))} ({ages} epochs, {n}) in place of {THE_PAPERS[name]}"
     return found
 
 # %% ../nbs/15_report.ipynb #2cf00c15
@@ -211,6 +202,15 @@ def told(file:Path, instead:dict) -> str:
     "The caption of a figure: of the paper's, of one besides, or its name."
     return caption(file.stem, instead) if file.stem in captions() else BESIDES.get(file.stem, file.stem)
 
+def picture(file:Path, instead:dict) -> str:   # instead: as `stand_ins` gives it
+    "A figure beside the page, with its caption and links to its data."
+    from PIL import Image
+    with Image.open(file) as im: wide, high = im.size
+    text, number = told(file, instead), f"<b>Figure {int(file.stem[3:])}.</b> " if file.stem in captions() else ""
+    other = " · ".join(f"<a href='figures/{file.stem}.{k}'>{what}</a>" for k,what in dict(csv="data (CSV)", svg="SVG", png="PNG").items() if file.with_suffix("."+k).exists())
+    return (f"<figure id='{file.stem}'><img alt='{html.escape(text, quote=True)}' src='figures/{file.name}' width={wide//2} height={high//2} loading=lazy>"
+            f"<figcaption>{number}{html.escape(text)} <span class=noprint>{other}</span></figcaption></figure>")
+
 def pictures(study:str) -> list[Path]:
     "The figures of a study, the paper's first."
     own = (runs_dir()/study/"figures").glob("*.png")
@@ -220,7 +220,7 @@ def figures_html(study:str, table) -> str:
     "All figures that a study has, in the paper's order, and its tables."
     import pandas as pd
     folder, instead = runs_dir()/study/"figures", stand_ins(table)
-    parts = [picture(f, told(f, instead), f"Figure {int(f.stem[3:])}." if f.stem in captions() else "") for f in pictures(study)]
+    parts = [picture(f, instead) for f in pictures(study)]
     for n,what in TABLES.items():
         if (f := folder/f"{n}.csv").exists(): parts.append(f"<h3>{what}</h3>{table_html(pd.read_csv(f), 'numbers')}<p class='small noprint'><a href='figures/{n}.csv'>data (CSV)</a></p>")
     return "".join(parts)
@@ -288,11 +288,11 @@ def overview(study:str) -> str:   # HTML
     table, plan, sealed, drawn, ledger = results(study), preset(study), records(study), pictures(study), claims(study)
     first = sorted(drawn, key=lambda f: HEADLINE.index(f.stem) if f.stem in HEADLINE else len(HEADLINE))[:1]
     hosts = sorted({f"{r['machine']['device']} ({r['machine']['processor']}, {r['dtype']})" for r in sealed})
-    short = len({s.key for s in plan} - {s.key for s in map(lambda r: Spec(**r["spec"]), sealed)})
+    short = len({s.key for s in plan} - {Path(f).name for f in table.folder})
     return page(f"bnonly: {study}", f"""<h1>Training only BatchNorm: the study <em>{html.escape(study)}</em></h1>
 <blockquote>{len(table)} runs on {', '.join(sorted(set(table.images)))}, {', '.join(f'{e} epochs' for e in sorted(set(table.epochs)))},
 {table.seconds.sum()/60:.0f} minutes of training on {'; '.join(hosts)}. {f'{short} planned runs are not measured.' if short else ''} {html.escape(left_out(table))}</blockquote>
-{''.join(picture(f, told(f, stand_ins(table)), f"Figure {int(f.stem[3:])}." if f.stem in captions() else "") for f in first)}
+{''.join(picture(f, stand_ins(table)) for f in first)}
 <p class=noprint><a href='figures.html'>All {len(drawn)} figures</a> with their data, <a href='runs.html'>every run</a>, <a href='settings.html'>the settings</a> that made them.</p>
 <h2>Does the paper's ordering hold?</h2>{answer(ordering(table), ledger)}
 <h2>Test accuracy, mean ± standard deviation (seeds)</h2>{spread(table)}
@@ -475,7 +475,7 @@ def parser():
     look.add_argument("--port", type=int, default=8866, help="of the page on this machine (default: 8866)")
     for name,what in COMMANDS.items():
         own = commands.add_parser(name, help=what)
-        own.add_argument("name", help="a section of settings.ini: demo, short, paper")
+        own.add_argument("name", help="a section of settings.ini, e.g. demo, short, paper")
         if name == "study":
             own.add_argument("--workers", type=int, default=0, help="processes; 0 is one for each core (default: 0)")
             own.add_argument("--only", default="", help="part of the study, e.g. 'policy=bn arch=resnet56,resnet110'")
