@@ -91,7 +91,7 @@ def parse_policy(policy:str    # tokens joined by '+', e.g. 'bn+output', 'random
     known = [m and (m[1] in ALONE+TOKENS) and bool(m[2]) == (m[1] in ("random", "scattered")) and int(m[2] or 1) > 0
              for m in tokens]
     if not all(known):
-        wrong = str(policy).split("+")[known.index(next(k for k in known if not k))]
+        wrong = next(o for o,k in zip(str(policy).split("+"), known) if not k)
         choose("policy", wrong, [*ALONE, *TOKENS[:5], "random2", "scattered2"],
                "all, all-affine, all-beta, none, or a sum of bn, norm, gamma, shortcut, output, random<k>, scattered<k>")
     found = sorted({(m[1], int(m[2] or 0)) for m in tokens}, key=lambda o: (ALONE+TOKENS).index(o[0]))
@@ -161,11 +161,11 @@ def check_spec(spec:Spec):
         object.__setattr__(spec, "arch", f"resnet{arch.depth}" if plain else f"wrn{arch.depth}-{arch.width:g}")
     tokens = dict.fromkeys(f"{'bn' if t == 'norm' else t}{k or ''}" for t,k in policy)
     object.__setattr__(spec, "policy", "+".join(tokens))
-    for name,allowed in dict(data=DATASETS, schedule=SCHEDULES, init=INITS, bn_init=BN_INITS, norm=NORMS, act=ACTS).items():
+    for name,allowed in dict(data=DATASETS, schedule=SCHEDULES, init=INITS, bn_init=BN_INITS, norm=NORMS).items():
         choose(name, getattr(spec, name), allowed)
     flat = arch.family in ("mlp", "lenet")
     choose(f"norm of {spec.arch}", spec.norm, [o for o in NORMS if (o in NORMS[:3] if flat else o != "affine")])
-    if flat: choose(f"act of {spec.arch}", spec.act, ACTS[:1])
+    choose(f"act of {spec.arch}", spec.act, ACTS[:1] if flat else ACTS)
     none = spec.norm in ("none", "fixup", "fixup-open")   # no gamma to draw
     same = "all-affine" in tokens or none or spec.bn_init == "positive" and tokens.keys() & {"gamma", "all-beta"}
     if same: object.__setattr__(spec, "bn_init", Spec.bn_init if "all-affine" in tokens or none and flat else "ones")
@@ -284,7 +284,9 @@ BEAT, STALE = 20, 300   # seconds: how often a claim is renewed, and when it is 
 
 def claims(folder:Path) -> list[Path]:
     "The claims on a run, the one that holds last."
-    return sorted(folder.glob("claim-*.json"), key=lambda f: int(f.stem.partition("-")[2]))
+    return sorted(folder.glob("claim-*.json"), key=_number)
+
+def _number(claim): return int(claim.stem.partition("-")[2])
 
 def here() -> str:
     "This machine, and in it the space in which process ids count (containers may share a name)."
@@ -326,7 +328,7 @@ class Claim:
             self.folder.mkdir(parents=True, exist_ok=True)
             held = claims(self.folder)
             if held and not void(held[-1]): return False
-            file = self.folder/f"claim-{int(held[-1].stem[6:])+1 if held else 1}.json"
+            file = self.folder/f"claim-{_number(held[-1])+1 if held else 1}.json"
             with open(file, "x") as f: made = file; f.write(json.dumps(self.me))
             if not all(void(f) for f in claims(self.folder) if f != file): return file.unlink(missing_ok=True) or False
         except OSError as e:
@@ -341,7 +343,7 @@ class Claim:
         "Give up what `take` took, and the void claims below it."
         self.over.set()
         for file in claims(self.folder) if self.file else ():
-            if int(file.stem[6:]) <= int(self.file.stem[6:]): file.unlink(missing_ok=True)
+            if _number(file) <= _number(self.file): file.unlink(missing_ok=True)
 
 # %% ../nbs/00_experiment.ipynb #c6e90f86
 @patch

@@ -8,7 +8,7 @@ __all__ = ['NORM', 'BLOCKS', 'FEATURES', 'AFFINE', 'ROLES', 'OTHER_NORMS', 'Batc
            'efficientnet', 'VGG', 'AffineAct', 'MLP', 'LeNet', 'build', 'BiasAct', 'FixupConv', 'Swish', 'Swished',
            'branches', 'take_out', 'generator', 'he_normal', 'he_uniform', 'binary', 'orthogonal', 'initialize',
            'fixup', 'create_model', 'normalization', 'Layers', 'trace', 'last_layers', 'on_shortcuts', 'output_layer',
-           'ends', 'roles']
+           'ends', 'place', 'roles']
 
 # %% ../nbs/02_models.ipynb #71a8c16a
 import math, operator, warnings
@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 # %% ../nbs/02_models.ipynb #674e2e17
-from .experiment import ACTS, BN_INITS, INITS, NORMS, Arch, choose, parse_arch, stream
+from .experiment import BN_INITS, INITS, Spec, choose, parse_arch, stream
 
 # %% ../nbs/02_models.ipynb #d03472fe
 class BatchNormAct(nn.BatchNorm2d):
@@ -388,10 +388,10 @@ def create_model(arch:str,                 # e.g. 'resnet56', 'wrn14-4', 'vgg16'
                  size:int=28               # height and width of the images, which MLPs need to know
                 ) -> nn.Module:            # in float32, on the CPU, everything trainable
     "A network of the paper at its random initialization; `ValueError` for a name that does not exist."
-    model, flat = build(arch, num_classes, in_channels, norm, size), parse_arch(arch).family in ("mlp", "lenet")
-    choose(f"act of {arch}", act, ACTS[:1] if flat else ACTS)
-    if not flat:
-        with torch.device("meta"): model = take_out(model, choose("norm", norm, NORMS), act)
+    model = build(arch, num_classes, in_channels, norm, size)
+    Spec(arch=arch, norm=norm, act=act)   # refuses what does not go together
+    if parse_arch(arch).family not in ("mlp", "lenet"):
+        with torch.device("meta"): model = take_out(model, norm, act)
     model = model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))   # to_empty would import sympy, half a second
     model = initialize(model, init, bn_init, seed)
     model.made = dict(arch=arch, num_classes=num_classes, in_channels=in_channels, init=init, bn_init=bn_init, seed=seed, norm=norm, act=act, size=size)
@@ -473,11 +473,16 @@ def _ask(model, last):
             f"name it, e.g. output={(sorted(names) or ['head'])[-1]!r}, or output=() where there is none.")
 
 # %% ../nbs/02_models.ipynb #cd806a31
+def place(name:str       # of a parameter
+         ) -> tuple:     # two names
+    "The module that holds a parameter, and the name of the weight it makes there."
+    module, parametrized, rest = name.partition(".parametrizations.")
+    return (module, rest.partition(".")[0]) if parametrized else name.rpartition(".")[::2]
+
 def roles(model:nn.Module,
           output:str|tuple|None=None   # the output's module, where it cannot be told
          ) -> dict:                    # parameter name to role
     "The role of every parameter, by module; `ValueError` where the output layer cannot be told."
     last, shortcuts = ends(model, output)
     role = lambda m: normalization(m) or ("output" if m in last else "shortcut" if m in shortcuts else "conv")
-    owner = lambda name: name.split(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
-    return {name: role(model.get_submodule(owner(name))) for name,_ in model.named_parameters()}
+    return {name: role(model.get_submodule(place(name)[0])) for name,_ in model.named_parameters()}

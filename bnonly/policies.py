@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 # %% ../nbs/03_policies.ipynb #8d74ee28
 from .experiment import parse_policy
-from .models import ROLES, generator, normalization, roles
+from .models import ROLES, generator, normalization, place, roles
 
 # %% ../nbs/03_policies.ipynb #e152f2e2
 class RandomEntries(nn.Module):
@@ -123,21 +123,16 @@ def trainable(model:nn.Module) -> dict:   # name to parameter
     return {n: p for n,p in model.named_parameters() if p.requires_grad}
 
 # %% ../nbs/03_policies.ipynb #69b6611e
-def _place(name):
-    "The module that holds a parameter, and the name of the weight it makes there."
-    module, parametrized, rest = name.partition(".parametrizations.")
-    return (module, rest.partition(".")[0]) if parametrized else name.rpartition(".")[::2]
-
 def dense(model:nn.Module) -> dict:   # name to a copy of the tensor
     "Every weight, whole, whether it trains or not."
-    places = [_place(n) for n,_ in model.named_parameters()]
+    places = [place(n) for n,_ in model.named_parameters()]
     return {f"{m}.{kind}": getattr(model.get_submodule(m), kind).detach().clone() for m,kind in places}
 
 def free(model:nn.Module) -> dict:    # name to a tensor of booleans
     "For every weight, which of its entries may move."
     masks = {n: torch.zeros(t.shape, dtype=torch.bool) for n,t in dense(model).items()}
     for name in trainable(model):
-        module, kind = _place(name)
+        module, kind = place(name)
         entries = getattr(model.get_submodule(module), "parametrizations", {kind: [None]})[kind][0]
         masks[f"{module}.{kind}"].view(-1)[entries.index if entries else slice(None)] = True
     return masks
@@ -149,7 +144,7 @@ def counts(model:nn.Module,
     "How many numbers train and exist, by role."
     table, masks = pd.DataFrame(0, index=[*ROLES, "all"], columns=["trainable", "total"]), free(model)
     for name,role in roles(model, output).items():
-        mask = masks[".".join(_place(name))]
+        mask = masks[".".join(place(name))]
         table.loc[role] += [mask.sum().item(), mask.numel()]
     table.loc["all"] = table.sum()
     return table
