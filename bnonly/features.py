@@ -26,14 +26,12 @@ def restore(spec:Spec,               # of a run that is complete
            ):                        # the network, in evaluation mode, computing as it did when it was trained
     "Rebuild a trained network from its seed and what moved. `FileNotFoundError` where there is no record."
     import safetensors.torch, torch
-    from bnonly.models import create_model
-    from bnonly.policies import freeze, load_moved
-    from bnonly.train import prepare
+    from bnonly.policies import load_moved
+    from bnonly.train import network, prepare
     folder = run_dir(spec, study)
     record = load_record(folder, deep=True)
     if record is None: raise FileNotFoundError(f"{folder} holds no finished run; train it with fit({spec}, {study!r}).")
-    model = create_model(spec.arch, **record["shape"], init=spec.init, bn_init=spec.bn_init, seed=spec.seed, norm=spec.norm, act=spec.act)
-    model = load_moved(freeze(model, spec.policy, spec.seed), safetensors.torch.load_file(folder/"moved.safetensors"))
+    model = load_moved(network(spec, record["shape"]), safetensors.torch.load_file(folder/"moved.safetensors"))
     return prepare(model, torch.device(device or "cpu"), getattr(torch, record["dtype"])).eval()
 
 # %% ../nbs/06_features.ipynb #6b03cbd9

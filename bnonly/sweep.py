@@ -11,6 +11,7 @@ __all__ = ['ENGINES', 'PRICED', 'TRAINING', 'FAMILIES', 'state', 'failure', 'mis
 # %% ../nbs/05_sweep.ipynb #0017abd7
 import ast, hashlib, json, linecache, os, platform, re, sys, threading, time, traceback, warnings
 from base64 import b64encode
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -82,7 +83,7 @@ def expected(specs:list[Spec],
             ) -> list[float]:      # seconds; NaN where nothing was measured on that data
     "How long each run should take, from what finished runs took."
     done = table[table.status == "complete"] if "seconds" in table else table[:0].assign(seconds=[])
-    rate = done.seconds / [cost(Spec(**{f.name: r[f.name] for f in fields(Spec)})) for r in done.to_dict("records")] if len(done) else done.seconds
+    rate = done.seconds / [cost(Spec(**r)) for r in done[[*Spec.__dataclass_fields__]].to_dict("records")] if len(done) else done.seconds
     each, same = done.seconds / done.epochs, ["arch", "policy", "data"]
     known, rates = each.groupby([done[c] for c in same]).median().to_dict(), rate.groupby(done.data).median().to_dict()
     return [known[k]*s.epochs if (k := (s.arch, s.policy, s.data)) in known else rates.get(s.data, np.nan)*cost(s) for s in specs]
@@ -200,14 +201,14 @@ def own_cores() -> int:
     "The cores that this process may use; Slurm gives it some of a machine's."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-def by_joblib(todo:list, workers:int, task) -> iter:   # task: from a spec to what `train_one` returns
+def by_joblib(todo:list, workers:int, task) -> Iterator:   # task: from a spec to what `train_one` returns
     "Results of a task over specs, as they come, from processes of this machine."
     from joblib import Parallel, delayed
     warnings.filterwarnings("ignore", "A worker stopped while some jobs")   # loky renews a worker whose memory grows, as ours shall
     return Parallel(min(workers, len(todo)), idle_worker_timeout=10, return_as="generator_unordered")(delayed(task)(s) for s in todo)
 
 # %% ../nbs/05_sweep.ipynb #ecdec12d
-def by_ray(todo:list, workers:int, task, gpus:float=0) -> iter:   # gpus: for each run, a fraction where several share one
+def by_ray(todo:list, workers:int, task, gpus:float=0) -> Iterator:   # gpus: for each run, a fraction where several share one
     "Results of a task over specs, as they come, from a Ray cluster."
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try: import ray
@@ -347,7 +348,7 @@ PRICED = dict(cifar10=("cifar", "vgg"), imagenet=("imagenet",))   # data to the 
 def _unpriced(spec): return ValueError(f"{spec.key} has no measured step; those of the studies 'short', 'paper' and 'imagenet' have.")
 
 # %% ../nbs/05_sweep.ipynb #19b3156f
-TRAINING = dict(cifar10=50_000, imagenet=1_281_167)   # images an epoch
+TRAINING = {"digits": 1_437, "cifar10": 50_000, "cifar10.1": 50_000, "mnist": 60_000, "imagenet": 1_281_167}   # images an epoch
 FAMILIES = dict(imagenet="ImageNet ResNets", vgg="VGG", cifar="CIFAR ResNets, by depth")
 
 def core_hours(spec:Spec, measured:pd.DataFrame) -> float:

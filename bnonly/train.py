@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LR', 'RATES', 'TRACKERS', 'Later', 'later', 'deferred', 'step', 'imagenet', 'constant', 'cosine', 'Schedule', 'SGD',
            'sgd', 'groups', 'together', 'default_device', 'pays', 'default_dtype', 'prepare', 'loss_func', 'learner',
-           'shape', 'top5', 'SmoothLoss', 'recorder', 'Epochs', 'Still', 'Run', 'hold_out', 'part', 'HeldOut',
-           'Patience', 'Parallel', 'plain', 'enough', 'summed', 'gathered', 'agreed', 'random_states',
-           'set_random_states', 'save_state', 'read_state', 'load_state', 'Journal', 'machine', 'trackers', 'fit',
-           'finish', 'fit_many']
+           'network', 'shape', 'top5', 'SmoothLoss', 'recorder', 'Epochs', 'Still', 'Run', 'hold_out', 'part',
+           'HeldOut', 'Patience', 'Parallel', 'plain', 'enough', 'summed', 'gathered', 'agreed', 'random_states',
+           'set_random_states', 'digest', 'save_state', 'read_state', 'load_state', 'Journal', 'machine', 'trackers',
+           'fit', 'finish', 'fit_many']
 
 # %% ../nbs/04_train.ipynb #e95824b2
 import builtins, gc, hashlib, inspect, json, math, os, platform, random, sys, time, warnings
@@ -76,7 +76,7 @@ with warnings.catch_warnings():
 
 # %% ../nbs/04_train.ipynb #c8854300
 from .data import Images, load_data, loaders, named, own_part
-from .experiment import SCHEDULES, Claim, Spec, choose, load_record, parameters, parse_arch, root, run_dir, seal, write
+from .experiment import SCHEDULES, Claim, Spec, choose, load_record, parameters, parse_arch, run_dir, seal, write
 from .graph import Graph
 from .kernels import abilities, accelerate, keep_memory, kernels, multiplies_bfloat16
 from .models import BiasAct, FixupConv, create_model, generator
@@ -208,14 +208,13 @@ def learner(spec:Spec,                        # the run
            ) -> Learner:
     "A fastai Learner with the network, the data and the paper's recipe of `spec`."
     data, device = data or load_data(spec.data), torch.device(device or default_device())
-    model = create_model(spec.arch, **shape(data), init=spec.init, bn_init=spec.bn_init, seed=spec.seed, norm=spec.norm, act=spec.act)
-    model = prepare(freeze(model, spec.policy, spec.seed), device, dtype or default_dtype(device, spec.arch))
-    opt = partial(sgd, momentum=spec.momentum, weight_decay=spec.weight_decay)
-    own = [TrainEvalCallback(), recorder(), Schedule(spec.lr, spec.schedule), Epochs(), *regularizers(spec)]
+    model = prepare(network(spec, shape(data)), device, dtype or default_dtype(device, spec.arch))
+    opt, extra = partial(sgd, momentum=spec.momentum, weight_decay=spec.weight_decay), regularizers(spec)
+    own = [TrainEvalCallback(), recorder(), Schedule(spec.lr, spec.schedule), Epochs(), *extra]
     metrics = [accuracy, top5]
     if not trainable(model): own.append(Still())
     if num_distrib() > 1: own.append(Parallel())
-    elif device.type == "cuda" and len(regularizers(spec)) == 1: own.append(Graph(Schedule, Embedding))   # a penalty is not captured
+    elif device.type == "cuda" and len(extra) == 1: own.append(Graph(Schedule, Embedding))   # a penalty is not captured
     if spec.patience:
         data, held = hold_out(data, spec.seed)
         metrics.append(HeldOut(loaders(held, max(spec.batch_size, 1000), device=device)[1]))
@@ -225,6 +224,13 @@ def learner(spec:Spec,                        # the run
                 wd_bn_bias=True, train_bn=False)
     learn.logger = lambda *_: None
     return learn
+
+def network(spec:Spec,
+            shape:dict   # num_classes, in_channels, size
+           ):            # frozen, on the CPU
+    "The network of a run as its seed draws it."
+    model = create_model(spec.arch, **shape, init=spec.init, bn_init=spec.bn_init, seed=spec.seed, norm=spec.norm, act=spec.act)
+    return freeze(model, spec.policy, spec.seed)
 
 def shape(data): return dict(num_classes=data.num_classes, in_channels=data.in_channels, size=data.size)
 def top5(logits, y): return top_k_accuracy(logits, y, k=min(5, logits.shape[1]))
@@ -268,10 +274,10 @@ class Run(Learner):
             if event == "after_fit" or event in vars(cb) or hasattr(type(cb), event): cb(event)
 
 # %% ../nbs/04_train.ipynb #39e5905d
-def hold_out(data, seed:int, share:float=.2) -> tuple:   # the data without, and with the held-out images as its test
-    "Set a share of the training images aside."
+def hold_out(data, seed:int) -> tuple:   # the data without, and with the held-out images as its test
+    "Set a fifth of the training images aside."
     order = torch.from_numpy(generator(seed, "held out").permutation(len(data.train)))
-    held, rest = (part(data.train, i) for i in order.tensor_split([round(share*len(order))]))
+    held, rest = (part(data.train, i) for i in order.tensor_split([round(.2*len(order))]))
     return replace(data, train=rest), replace(data, test=held)
 
 def part(images, i):
@@ -370,11 +376,14 @@ def set_random_states(states:dict):   # as `random_states` gave them
     if torch.cuda.is_available(): torch.cuda.set_rng_state_all([as_bytes(s) for s in states["cuda"][:torch.cuda.device_count()]])
 
 # %% ../nbs/04_train.ipynb #4d5fe91a
-def _digest(tensors, told):
+def digest(tensors:dict,   # name to tensor
+           told:dict={}    # name to string, beside them
+          ) -> str:
+    "SHA-256 of tensors and of what is said of them."
     h = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     for n in sorted(tensors): h.update(f"{n} {tensors[n].dtype} {tuple(tensors[n].shape)}".encode()); h.update(_bytes(tensors[n]))
     return h.hexdigest()
-def _bytes(t): return t.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _bytes(t): return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 def save_state(learn:Learner, path:Path, rows:list,   # the metrics of the epochs that are done
                **part):                               # what the next part of the run must know of this one; JSON values
@@ -384,7 +393,7 @@ def save_state(learn:Learner, path:Path, rows:list,   # the metrics of the epoch
                | {f"momentum/{n}": t for n,t in momenta.items() if t is not None})
     tensors = {n: t.detach().cpu().contiguous() for n,t in tensors.items()}
     told = {k: json.dumps(v) for k,v in dict(rows=rows, random=random_states(), **part).items()}
-    write(path, safetensors.torch.save(tensors, told | dict(digest=_digest(tensors, told))))
+    write(path, safetensors.torch.save(tensors, told | dict(digest=digest(tensors, told))))
 
 # %% ../nbs/04_train.ipynb #19ddb533
 def read_state(path:Path) -> tuple:   # what it tells, and its tensors, both by name
@@ -392,7 +401,7 @@ def read_state(path:Path) -> tuple:   # what it tells, and its tensors, both by 
     if not path.exists(): return {}, {}
     try:
         with safetensors.safe_open(path, "pt") as f: told, tensors = f.metadata(), {n: f.get_tensor(n) for n in f.keys()}
-        if told.pop("digest") != _digest(tensors, told): raise ValueError
+        if told.pop("digest") != digest(tensors, told): raise ValueError
     except Exception as e:
         raise ValueError(f"{path} is damaged; delete it to start the run anew.") from e
     return {k: json.loads(v) for k,v in told.items()}, tensors
@@ -535,7 +544,7 @@ def fit(spec:Spec,                       # the run
         del learn, journal; gc.collect()   # a Learner and its callbacks hold each other, and with them the network
         return record
 
-def _kept(folder, data=None) -> dict|None:
+def _kept(folder, data) -> dict|None:
     "The record of a run, if there is one; `ValueError` where it was made on other images than `data`."
     record = agreed(load_record(folder))
     if record and data and record["data_digest"] != data.digest:
