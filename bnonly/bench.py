@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 # %% ../nbs/05_bench.ipynb #0077842f
-from .data import describe, loaders, split
+from .data import describe, load_data, loaders, split
 from .experiment import Spec, parse_arch, parse_policy, root, run_dir, runs_dir, write
 from .kernels import accelerate, few, geometry, keep_memory, kernels, way
 from .models import BatchNormAct, create_model
@@ -95,9 +95,7 @@ def plain_torch(arch, policy, x, y):
 # %% ../nbs/05_bench.ipynb #b78699f6
 def plain_fastai(arch, policy, x, y):
     "A Learner with its defaults."
-    from fastai.callback.core import TrainEvalCallback
     from fastai.data.core import DataLoaders
-    from fastai.learner import Recorder
     from fastai.optimizer import SGD
     loader, clock = plain_loader(x, y), Clock()
     return _timed(Learner(DataLoaders(loader, loader), freeze(create_model(arch), policy).to(default_device()), F.cross_entropy,
@@ -206,11 +204,11 @@ def processes(names, open_lth=None):   # yields name to Process
         for p in found.values(): p.pipe.stdin.close()
         for p in found.values(): p.pipe.wait()
 
-def take_turns(found:dict, arch:str, policy:str, rounds:int, length:float=1.5) -> dict:   # name to images a second: median, quartiles
+def take_turns(found:dict, arch:str, policy:str, rounds:int) -> dict:   # name to images a second: median, quartiles
     "Time some candidates on one network, one after the other, again and again."
     for p in found.values(): p.begin(arch, policy)
     for i in range(rounds+1):
-        for p in found.values(): p.turn(length)
+        for p in found.values(): p.turn(1.5)
         if i == 0:
             for p in found.values(): p.seconds.clear()
     def speed(p): low, mid, high = (round(128/q, 1) for q in quantiles(p.seconds, n=4)[::-1]); return dict(images_per_second=mid, low=low, high=high)
@@ -312,13 +310,13 @@ def keep(what, rows, device=None, **rest) -> dict:
     return record
 
 # %% ../nbs/05_bench.ipynb #df39b854
-def bench_ideas(arch:str="resnet14", policies=("bn", "all"), rounds:int=4, say=print) -> dict:   # the record
+def bench_ideas(rounds:int=4, say=print) -> dict:   # the record
     "Time what each idea gives, and keep the record."
     rows = []
     with processes([*IDEAS, "bnonly"]) as found:
-        for p in policies:
-            for n,speed in take_turns(found, arch, p, rounds).items():
-                rows.append(dict(arch=arch, policy=p, idea="the Learner" if n == "bnonly" else n, **speed))
+        for p in ("bn", "all"):
+            for n,speed in take_turns(found, "resnet14", p, rounds).items():
+                rows.append(dict(arch="resnet14", policy=p, idea="the Learner" if n == "bnonly" else n, **speed))
                 say(rows[-1])
     return keep(",ideas", rows)
 
@@ -327,13 +325,13 @@ PRICED = ((32, 128, ("resnet14", "resnet56", "resnet110", "wrn14-2", "wrn14-4", 
           (224, 16, ("resnet18", "resnet50"), ("bn", "all", "random2", "output")),
           (224, 16, ("resnet34", "resnet101", "resnet200"), ("bn",)))   # pixels, images in a step, networks, policies
 
-def step_seconds(arch:str, policy:str, pixels:int, batch_size:int, repeats:int=3) -> float:   # of processor time
-    "The shortest of some training steps (forward, backward, update) after a warm-up."
+def step_seconds(arch:str, policy:str, pixels:int, batch_size:int) -> float:   # of processor time
+    "The shortest of three training steps (forward, backward, update) after a warm-up."
     cpu = torch.device("cpu")
     model = prepare(freeze(create_model(arch, 1000 if pixels > 32 else 10), policy), cpu, default_dtype(cpu, arch))
     opt, times = torch.optim.SGD(trainable(model).values(), lr=.1, momentum=.9, weight_decay=1e-4), []
     x = torch.randn(batch_size, 3, pixels, pixels).contiguous(memory_format=torch.channels_last)
-    for _ in range(repeats+1):
+    for _ in range(4):
         start = time.process_time()
         F.cross_entropy(model(x).float(), torch.zeros(batch_size, dtype=torch.long)).backward()
         opt.step(); opt.zero_grad()
@@ -373,7 +371,6 @@ def at_once(arch:str, data, epochs:int, seeds:int) -> float:   # seconds
 # %% ../nbs/05_bench.ipynb #a5b89a9e
 def bench_goals(data:str="cifar10", wanted=GOALS, epochs:int=4, say=print) -> dict:   # the record
     "Measure the goals, or some of them, and keep the record."
-    from bnonly.data import load_data
     images, rows = load_data(data), []
     for what in wanted:
         arch = next(w for w in what.split() if w.startswith("resnet"))

@@ -54,7 +54,7 @@ class Data:
     std: tuple             # likewise
     pad: int = 0           # pixels of zeros around an image, from which a crop of its size is drawn
     flip: bool = False     # whether half of the training images are mirrored
-    digest: str = ""       # of all pixels and labels, in their order
+    digest: str = ""       # of all pixels (on disk: file names) and labels, in their order
 
     @property
     def num_classes(self): return len(self.classes)
@@ -67,7 +67,7 @@ class Data:
 
 # %% ../nbs/01_data.ipynb #77b3f7da
 def digest(*splits:"Images|Files") -> str:   # 16 hexadecimal digits
-    "SHA-256, shortened, over the pixels and labels of some splits."
+    "SHA-256, shortened, over the pixels (on disk: file names) and labels of some splits."
     sha = hashlib.sha256()
     for part in (p for s in splits for p in s.parts()): sha.update(part)
     return sha.hexdigest()[:16]
@@ -553,8 +553,8 @@ class FileBatches:
         return self._batches(epoch)
 
     def _batches(self, epoch):
-        order, known = draws(len(self.images), 0, False, self.seed, epoch)[0] if self.train else torch.arange(len(self.images)), len(self.broken)
-        decoded = Decoded(self.images, self.data, self.train, self.seed, epoch)
+        order = draws(len(self.images), 0, False, self.seed, epoch)[0] if self.train else torch.arange(len(self.images))
+        decoded, known = Decoded(self.images, self.data, self.train, self.seed, epoch), len(self.broken)
         batches = [own_part(i, self.share).tolist() for i in order.split(self.batch_size)]
         for batch, left_out in torch.utils.data.DataLoader(decoded, batch_sampler=batches, collate_fn=collate,
                                                            num_workers=self.workers, pin_memory=self.device.type == "cuda"):

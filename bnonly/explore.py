@@ -176,8 +176,7 @@ def clamp(self:Explorer, _=None, start=None):
     start, t = start or time.perf_counter(), self.threshold.value
     for f in (distributions, clamping): self.pictures[f.__name__].value = f(self.found, t, self.color)
     words = sentences(numbers(self.found, t), self.run.accuracy)
-    self.took = 1000*(time.perf_counter() - start)
-    self.told.value = f"{words}<br><small>{self.run.images}; answered in <span class='took'>{self.took:.0f}</span> ms</small>"
+    self.told.value = f"{words}<br><small>{self.run.images}; answered in <span class='took'>{1000*(time.perf_counter() - start):.0f}</span> ms</small>"
 
 @patch
 def show(self:Explorer):

@@ -33,15 +33,15 @@ def images(b:Batches, i, corner, mirror) -> tuple:   # a batch, as b yields it
     return normalize(crop(b.padded, i, corner, mirror, b.pad), *b.affine), b.images.y[i]
 
 # %% ../nbs/03_graph.ipynb #4b876437
-def capture(f, device:torch.device, warm_up:int=3):   # a function that does what f does
+def capture(f, device:torch.device):   # a function that does what f does
     "Record what `f` does on a GPU, after a warm-up."
     if device.type != "cuda":
-        for _ in range(warm_up): f()
+        for _ in range(3): f()
         return f
     graph, stream, here = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
-        for _ in range(warm_up): f()
+        for _ in range(3): f()
         stream.synchronize()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"): f()
     here.wait_stream(stream)
@@ -80,7 +80,7 @@ class Graph(Callback):
     def before_fit(self):
         self.batches, self.replay = self.dls.train, None
         others = {type(c) for c in self.learn.cbs} - {Graph, *self.beside}
-        self.on = (isinstance(self.batches, Batches) and getattr(self.batches, "share", (0, 1))[1] == 1 and bool(moving(self.model))
+        self.on = (isinstance(self.batches, Batches) and self.batches.share[1] == 1 and bool(moving(self.model))
                    and os.environ.get("BNONLY_KERNELS") != "plain" and not any(hasattr(c, e) for c in others for e in INSIDE))
 
     def before_train(self):

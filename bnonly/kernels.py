@@ -137,7 +137,7 @@ struct Plan {
 
 # %% ../nbs/03_kernels.ipynb #72074cdd
 STATISTICS = r'''
-template <class T> void statistics(const Plan& P, const T* x, int threads, float eps, float* mean, float* var) {
+template <class T> void statistics(const Plan& P, const T* x, int threads, float* mean, float* var) {
     std::vector<float> first(P.C);                          // sums are taken around the first pixel: little cancellation
     for (long c = 0; c < P.C; c++) load(x + c, first[c]);
     auto mid = P.tile(first.data(), 0);
@@ -632,7 +632,7 @@ template <class T> void bn_forward(const T* x, const T* r, T* y, uint16_t* mask,
         float momentum, float eps, int act, int threads) {
     Plan P(M, C);
     std::vector<float> var(C), scale(C);
-    if (training) statistics(P, x, threads, eps, mean, var.data());
+    if (training) statistics(P, x, threads, mean, var.data());
     for (long c = 0; c < C; c++) {
         if (!training) { mean[c] = running_mean[c]; var[c] = running_var[c]; }
         else if (running_mean) {

@@ -436,11 +436,11 @@ def test_without_a_compiler_there_is_one_line_of_notice(tmp_path):
 
 
 @needs_kernels
-@needs_kernels
 def test_what_the_compiler_objects_to_is_told():
     with pytest.raises(RuntimeError, match="error: "): compile_library("int x = ;", os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
 
 
+@needs_kernels
 def test_two_processes_may_build_at_once(tmp_path):
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     both = [subprocess.Popen([sys.executable, "-c", "from bnonly.kernels import kernels; assert kernels()"], env=env) for _ in "ab"]

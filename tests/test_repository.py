@@ -89,9 +89,9 @@ def test_parameters_of_04_train_are_the_spec():
 def test_defaults_of_the_spec_never_change():
     "A run is named by what differs from these, so another default would rename finished runs."
     then = dict(arch="resnet14", policy="bn", data="digits", seed=0, epochs=40, batch_size=128, lr=.1, momentum=.9,
-                weight_decay=1e-4, schedule="step", init="he_normal", bn_init="uniform", norm="batch", patience=0)
-    now = {f.name: f.default for f in fields(Spec)}
-    assert {k: now[k] for k in then} == then
+                weight_decay=1e-4, schedule="step", init="he_normal", bn_init="uniform", norm="batch", patience=0,
+                act="relu", embedding_l2=0., functional_l2=0., standardize=0., dropout=0.)
+    assert {f.name: f.default for f in fields(Spec)} == then
 
 
 def test_committed_records_keep_their_names(monkeypatch):

@@ -10,17 +10,11 @@ from bnonly import experiment
 from bnonly.experiment import Claim, Spec, claims, load_record, results, run_dir
 from bnonly.sweep import by_ray, failure, kept, missing, retry, state, sweep, unfinished
 from bnonly.train import fit
-from fastai.callback.core import Callback
+from test_train import Stop
 
 ROOT = Path(__file__).parents[1]
 TINY = Spec(arch="resnet8", epochs=2)
 quiet = lambda _: None
-
-
-class Stop(Callback):
-    "Stop as a user would, after the first epoch."
-    order = 70
-    def after_epoch(self): raise KeyboardInterrupt
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been_killed():
@@ -65,7 +59,7 @@ def test_a_run_cut_off_before_its_notebook_gets_its_analysis_and_is_not_trained_
 
 def test_a_full_disk_is_named_and_keeps_the_last_good_state(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
-        fit(TINY, cbs=[Stop()])
+        fit(TINY, cbs=[Stop(1)])
     file = run_dir(TINY) / "checkpoint.safetensors"
     before = file.read_bytes()
 
@@ -104,7 +98,7 @@ def test_a_record_cut_short_is_named_and_left_alone():
 def test_every_flipped_byte_of_a_checkpoint_is_noticed():
     "One byte in the header, the metrics, the random states and the numbers."
     with pytest.raises(KeyboardInterrupt):
-        fit(TINY, cbs=[Stop()])
+        fit(TINY, cbs=[Stop(1)])
     file = run_dir(TINY) / "checkpoint.safetensors"
     good = file.read_bytes()
     for at in (0, 9, good.index(b"accuracy") + 12, good.index(b"numpy") + 40, len(good) * 3 // 4, len(good) - 1):
@@ -166,7 +160,6 @@ def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, mo
     "Two nodes; one is killed as soon as the first run is there."
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
     from ray.cluster_utils import Cluster
-    from bnonly.sweep import by_ray
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
     node, log = cluster.add_node(num_cpus=1), tmp_path / "log"
