@@ -19,6 +19,7 @@ import pandas as pd
 from .accuracy import ALL, BN, SERIES, SPREAD, WIDTH, corner, empty, family, footnote, gaps, images, legend, panels, papers_recipe, plain, save
 from .experiment import Spec, parse_arch, preset, summary
 from .features import SILENT, THRESHOLDS, channels, clamped
+from .sweep import TRAINING
 
 # %% ../nbs/08_affine.ipynb #cc20bab2
 PAIR = "all", "bn"   # the two policies of these figures
@@ -234,7 +235,6 @@ def distributions(features:pd.DataFrame,   # as `channels` gives it
 # %% ../nbs/08_affine.ipynb #070eeb64
 def steps(spec) -> int:   # spec: a Spec or a row with its fields
     "How many steps a run takes."
-    from bnonly.sweep import TRAINING
     return spec.epochs * -(-TRAINING[spec.data]//spec.batch_size)
 
 def decayed(steps:int,              # of the whole run, by the step schedule: lr falls to a tenth at 1/2 and 3/4

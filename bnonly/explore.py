@@ -22,9 +22,8 @@ from matplotlib.figure import Figure
 # %% ../nbs/14_explore.ipynb #807d40fe
 from .accuracy import SERIES
 from .affine import bins
-from .activations import SILENT
 from .experiment import parse_arch, presets, records, root
-from .features import kept
+from .features import SILENT, kept
 
 # %% ../nbs/14_explore.ipynb #4859dda2
 @lru_cache(None)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from .experiment import Spec, load_record, records, run_dir, write
 
 # %% ../nbs/06_features.ipynb #fd9b68fb
-def restore(spec:Spec,               # of a run that is complete
+def restore(spec:Spec,               # of a run that has ended
             study:str="scratch",     # the folder under runs/ that keeps its record
             device=None              # default: the CPU
            ):                        # the network, in evaluation mode, computing as it did when it was trained
