@@ -9,9 +9,9 @@ from torch import nn
 
 from bnonly.claims import REGULARIZATION, ledger
 from bnonly.data import BrokenData, load_data
-from bnonly.experiment import NORMS, Spec, history, parse_arch, results, run_dir
+from bnonly.experiment import ACTS, NORMS, Spec, history, parse_arch, results, run_dir
 from bnonly.features import analyse, channels, restore
-from bnonly.models import ACTS, BatchNormAct, BiasAct, Shortcut, Swish, Swished, branches, create_model, roles
+from bnonly.models import BatchNormAct, BiasAct, Shortcut, Swish, Swished, branches, create_model, roles
 from bnonly.penalties import divergence
 from bnonly.policies import counts, freeze
 from bnonly.regularization import at_start, evaluate_robustness, robust, robustness
