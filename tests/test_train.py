@@ -144,7 +144,7 @@ def test_what_is_kept_of_each_step_is_no_tensor():
 def _one_pixel_layers():
     plain, fixup = torch.nn.Conv2d(64, 64, 3, 2, 1), FixupConv(torch.nn.Conv2d(64, 64, 3, 2, 1), last=True)
     torch.nn.init.normal_(fixup.weight)
-    fixup.rest()
+    with torch.no_grad(): fixup.rest()
     few = copy.deepcopy(plain)
     torch.nn.utils.parametrize.register_parametrization(few, "weight", RandomEntries(few.weight, torch.arange(0, few.weight.numel(), 7)))
     return dict(plain=plain, fixup=fixup, few=few)
