@@ -176,9 +176,10 @@ def prepare(model, device, dtype):
     model = accelerate(model.to(device, memory_format=torch.channels_last), dtype)
     if (device.type, dtype) == ("cpu", torch.bfloat16):
         for m in model.modules():
-            if not isinstance(m, torch.nn.Conv2d) or m.dilation != (1, 1) or m.padding_mode != "zeros" or isinstance(m.padding, str): continue
+            if not isinstance(m, torch.nn.Conv2d) or not m.weight.requires_grad: continue
+            if m.dilation != (1, 1) or m.padding_mode != "zeros" or isinstance(m.padding, str): continue
             m._conv_forward = partial(_one_place, m)
-            if type(m) is torch.nn.Conv2d and m.weight.requires_grad: m.forward = partial(_one_pixel, m, m.forward)
+            if type(m) is torch.nn.Conv2d: m.forward = partial(_one_pixel, m, m.forward)
     if dtype != torch.float32: model.forward = partial(_rounded, model, device.type, dtype)
     model.prepared = str(dtype).removeprefix("torch.")
     return model
