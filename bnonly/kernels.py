@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACKWARD', 'PLANES', 'ENTRIES', 'HALVES', 'PAIRS',
-           'INPUTS', 'TILE_PLANES', 'OUTPUTS', 'REGISTERS', 'PRODUCTS', 'WINOGRAD', 'PLANE_SUMS', 'PLANE_PRODUCTS',
-           'SUM_ROWS', 'WINOGRAD_GRADIENT', 'ROWS', 'GATHER', 'DIRECT', 'DIRECT_GRADIENT', 'TILES', 'EXPORTS', 'SOURCE',
-           'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain', 'processor', 'compile_library', 'Kernels', 'load_kernels',
-           'kernels', 'BNAct', 'fits', 'bn_act', 'phases', 'ordered', 'transformed', 'abilities', 'multiplies_bfloat16',
-           'way', 'convolve', 'input_gradient', 'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'geometry',
-           'few', 'eager', 'accelerate', 'keep_memory']
+           'INPUTS', 'TILE_PLANES', 'WEIGHTS', 'TILE_WEIGHTS', 'OUTPUTS', 'REGISTERS', 'PRODUCTS', 'WINOGRAD',
+           'PLANE_SUMS', 'PLANE_PRODUCTS', 'SUM_ROWS', 'WEIGHT_GRADIENTS', 'WINOGRAD_GRADIENT', 'ROWS', 'GATHER',
+           'DIRECT', 'DIRECT_GRADIENT', 'TILES', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain',
+           'processor', 'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act', 'Phase',
+           'phases', 'transformed', 'ordered', 'abilities', 'multiplies_bfloat16', 'way', 'convolve', 'input_gradient',
+           'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'geometry', 'few', 'eager', 'accelerate',
+           'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
 import ctypes, hashlib, math, os, platform, shlex, shutil, subprocess, sys, tempfile
@@ -434,6 +435,76 @@ template <class F, int N> void paired(const half* line, long length, long w, lon
 #endif
 '''
 
+# %% ../nbs/03_kernels.ipynb #4b7c92e0
+WEIGHTS = r'''
+// Where entry (o, c) at place (a, e) of a weight lies, in numbers from its begin.
+struct Entry { long o, c, a, e; long operator()(long i, long j, long k, long l) const { return i * o + j * c + k * a + l * e; } };
+
+template <class T> inline V outputs_of(const T* w, long o) {   // 16 of them, `o` apart
+    V v;
+    if (o == 1) load(w, v);
+    else for (int i = 0; i < 16; i++) { float f; load(w + i * o, f); v[i] = f; }
+    return v;
+}
+inline void place(float* u, const V* v, float scale) { store(u, *v / scale); }
+#if defined(HALVES)
+inline void place(half* u, const V* v, float scale) {
+    half both[32];
+    for (int s = 0; s < 2; s++) store(both + 16 * s, __builtin_convertvector(v[s] / scale, Q));
+    store(u, join(both, both + 16));
+}
+#endif
+
+// A weight in the order in which `direct` reads it, and what that is to be multiplied by: from entry (0, 0) at its first place.
+template <class T> float order(const T* w, long n, const T* from, Entry at, void* u, long O, long C, long A, long E, int threads) {
+    typedef typename Tile<T>::number F;
+    constexpr int S = 4 / sizeof(F);
+    float scale = range_of(w, 1, n, n, 1).unit;
+    long run = (E * C + S - 1) / S;
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long o = 0; o < O; o += 16) for (long a = 0; a < A; a++) for (long k = 0; k < run; k++) {
+        V v[S] = {};
+        for (long s = 0; s < S && k * S + s < E * C; s++) v[s] = outputs_of(from + at(o, (k * S + s) % C, a, (k * S + s) / C), at.o);
+        place((F*)u + ((o / 16 * A + a) * run + k) * 16 * S, v, scale);
+    }
+    return scale;
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #c90e15ad
+TILE_WEIGHTS = r'''
+inline void weight_transform(const V* w, long step, V* u) {   // G w: a column of three numbers to six
+    V a = (w[0] + .5f * w[2 * step]) / -1.5f, b = (float)A * w[step] / -1.5f, c = (w[0] + 2 * w[2 * step]) / 6, d = (float)B * w[step] / 6;
+    u[0] = w[0]; u[1] = a + b; u[2] = a - b; u[3] = c + d; u[4] = c - d; u[5] = w[2 * step];
+}
+inline void gradient_of_weight(const V* u, long step, V* w) {   // G' u
+    V a = (u[step] + u[2 * step]) / -1.5f, b = (float)A * (u[step] - u[2 * step]) / -1.5f, c = (u[3 * step] + u[4 * step]) / 6, d = (float)B * (u[3 * step] - u[4 * step]) / 6;
+    w[0] = u[0] + a + c; w[1] = b + d; w[2] = .5f * a + 2 * c + u[5 * step];
+}
+
+// The same for tiles: G w G'.
+template <class T> float order_tiles(const T* w, long n, const T* from, Entry at, void* u, long O, long C, int threads) {
+    typedef typename Tile<T>::number F;
+    constexpr int S = 4 / sizeof(F);
+    float scale = range_of(w, 1, n, n, .25f).unit;          // G makes up to 1.48 of 1, and that twice
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long o = 0; o < O; o += 16) for (long c = 0; c < C; c += S) {
+        V d[9], t[18], v[36][S];
+        for (long s = 0; s < S; s++) {
+            for (long k = 0; k < 9; k++) d[k] = outputs_of(from + at(o, c + s, k / 3, k % 3), at.o);
+            for (long l = 0; l < 3; l++) weight_transform(d + l, 3, t + 6 * l);
+            for (long k = 0; k < 6; k++) {
+                V r[6];
+                weight_transform(t + k, 6, r);
+                for (long l = 0; l < 6; l++) v[k * 6 + l][s] = r[l];
+            }
+        }
+        for (long p = 0; p < 36; p++) place((F*)u + ((p * O + o) * C + c * 16), v[p], scale);
+    }
+    return scale;
+}
+'''
+
 # %% ../nbs/03_kernels.ipynb #db4467d6
 OUTPUTS = r'''
 struct Outputs { template <class X> static void transform(const X* m, X* y) {
@@ -655,17 +726,48 @@ template <class F> void sum_rows(long rows, long n, long each, long O, float* ou
 }
 '''
 
+# %% ../nbs/03_kernels.ipynb #6f2ab8d1
+WEIGHT_GRADIENTS = r'''
+inline void spread(V v, float* dw, long o) { if (o == 1) store(dw, v); else for (int i = 0; i < 16; i++) dw[i * o] = v[i]; }
+
+// out [36, 64, O] for each 64 of C, and for the rest; dw = G' out G, whose entries lie at `at`
+void finish_tiles(const float* out, float* dw, Entry at, long O, long C, int threads) {
+    #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (long o = 0; o < O; o += 16) for (long c = 0; c < C; c++) {
+        long first = c / 64 * 64, K = std::min(64L, C - first);
+        V u[36], t[18], r[3];
+        for (long p = 0; p < 36; p++) load(out + (36 * first + p * K + c - first) * O + o, u[p]);
+        for (long l = 0; l < 6; l++) gradient_of_weight(u + l, 6, t + 3 * l);
+        for (long k = 0; k < 3; k++) {
+            gradient_of_weight(t + k, 3, r);
+            for (long l = 0; l < 3; l++) spread(r[l], dw + at(o, c, k, l), at.o);
+        }
+    }
+}
+
+// out [K][K * C, or the next multiple of 8][O]
+void finish(const float* out, float* dw, Entry at, long O, long C, long K, int threads) {
+    long depth = (K * C + 7) / 8 * 8;
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long o = 0; o < O; o += 16) for (long c = 0; c < C; c++) for (long k = 0; k < K * K; k++) {
+        V v; load(out + (k / K * depth + k % K * C + c) * O + o, v);
+        spread(v, dw + at(o, c, k / K, k % K), at.o);
+    }
+}
+'''
+
 # %% ../nbs/03_kernels.ipynb #c5ad4371
 WINOGRAD_GRADIENT = r'''
-// x [B, H, W, C]; dy [B, H, W, O]; out, before G: [36, 64, O] for each 64 of C, and for the rest.
-template <int R, int N, class T> void winograd_gradient(const T* x, const T* dy, float* out, long B, long H, long W, long C, long O, int threads) {
+// x [B, H, W, C]; dy [B, H, W, O]; dw: entries at `at`.
+template <int R, int N, class T> void winograd_gradient(const T* x, const T* dy, float* dw, Entry at, long B, long H, long W, long C, long O, int threads) {
     typedef typename Tile<T>::number E;
     long h = (H + 3) / 4, w = (W + 3) / 4, S = 4 / sizeof(E), rows = std::max(1L, 32 / w);
     w = (w + S - 1) / S * S;                                // with one of zeros, where halves go in pairs
     long length = 4 * w + 2;
     float limit = w > 32 ? .25f : 1;                        // 
     std::vector<T> zeros(W * std::max(C, O));
-    sum_rows(B * h, 36 * C, 36 * 64, O, out, threads, [&](long first, long end, long part, long o, long M, float* sum) {
+    std::unique_ptr<V[]> out(new V[36 * C * O / 16]);
+    sum_rows(B * h, 36 * C, 36 * 64, O, (float*)out.get(), threads, [&](long first, long end, long part, long o, long M, float* sum) {
         long c = 64 * part, K = std::min(64L, C - c), v_stride = rows * w * K + 64 / sizeof(E), m_stride = rows * w * M + 64 / sizeof(E);
         Buffer<E> lines(6 * length * K), behind(6 * length * M), planes(36 * v_stride), products(36 * m_stride);
         E *reads = lines, *writes = behind, *v = planes, *m = products;
@@ -674,16 +776,17 @@ template <int R, int N, class T> void winograd_gradient(const T* x, const T* dy,
             long from = (first / h * H + std::max(0L, first % h * 4 - 1)) * W, n = ((last - 1) / h * H + std::min(H, (last - 1) % h * 4 + 5)) * W - from;
             Range range = range_of(x + from * C + c, n, C, K, limit), low = range_of(dy + from * O + o, n, O, M, limit);
             for (long g = first; g < last; g++) {
-                long b = g / h, i = g % h * 4, at = (g - first) * w;
+                long b = g / h, i = g % h * 4, to = (g - first) * w;
                 columns<Inputs, 6>(x + b * H * W * C + c, zeros.data(), i - 1, H, W, C, K, range, reads + K, length * K);
-                paired<Inputs, 6>(reads, length * K, w, K, v + at * K, v_stride);
+                paired<Inputs, 6>(reads, length * K, w, K, v + to * K, v_stride);
                 columns<Gradients, 4>(dy + b * H * W * O + o, zeros.data(), i, H, W, O, M, low, writes, length * M);
-                paired<Gradients, 4>(writes, length * M, w, M, m + at * M, m_stride);
+                paired<Gradients, 4>(writes, length * M, w, M, m + to * M, m_stride);
             }
             for (long p = 0; p < 36; p++) for (long s = 0; s < M; s += 16 * N) for (long k = 0; k < K; k += R)
                 add_products<R, N>(v + p * v_stride + S * k, K, m + p * m_stride + S * s, M, sum + (p * K + k) * M + s, M, (last - first) * w, range.unit * low.unit);
         }
     });
+    finish_tiles((float*)out.get(), dw, at, O, C, threads);
 }
 '''
 
@@ -778,12 +881,13 @@ template <int R, int N, class T> void direct(const T* x, const void* u, const T*
 
 # %% ../nbs/03_kernels.ipynb #d17ec7a3
 DIRECT_GRADIENT = r'''
-// dy [B, h, w, O]; out [K][K * C, or the next multiple of 8][O]
-template <int R, int N, class T> void direct_gradient(const T* x, const T* dy, float* out, long B, long H, long W, long C,
+// dy [B, h, w, O]; dw: entries at `at`.
+template <int R, int N, class T> void direct_gradient(const T* x, const T* dy, float* dw, Entry at, long B, long H, long W, long C,
         long h, long w, long O, long K, long stride, long pad, int threads) {
     bool wide = w >= 8;
     long depth = (K * C + 7) / 8 * 8, rows = wide ? 1 : 32 / w, length = ((w - 1) * stride + K) * C;
-    sum_rows(B * h, K * depth, depth, O, out, threads, [&](long first, long end, long a, long o, long M, float* sum) {
+    std::unique_ptr<V[]> out(new V[K * depth * O / 16]);
+    sum_rows(B * h, K * depth, depth, O, (float*)out.get(), threads, [&](long first, long end, long a, long o, long M, float* sum) {
         Buffer<float> read(length + 16), gathered(wide ? 0 : rows * w * depth + 16), m(rows * w * M);
         float *line = read, *v = gathered;
         for (long last; first < end; first = last) {
@@ -799,6 +903,7 @@ template <int R, int N, class T> void direct_gradient(const T* x, const T* dy, f
                 add_products<R, N>((wide ? line : v) + k, wide ? stride * C : depth, m + s, M, sum + k * M + s, M, (last - first) * w, 1);
         }
     });
+    finish((float*)out.get(), dw, at, O, C, K, threads);
 }
 '''
 
@@ -806,20 +911,25 @@ template <int R, int N, class T> void direct_gradient(const T* x, const T* dy, f
 TILES = r'''
 #define EXPORT_TILES(T, NAME) \
 extern "C" int halves_##NAME; int halves_##NAME = sizeof(Tile<T>::number) == 2; \
+extern "C" float order_tiles_##NAME(const T* w, long n, const T* from, long o, long c, long a, long e, void* u, long O, long C, int threads) { \
+    return order_tiles(w, n, from, {o, c, a, e}, u, O, C, threads); } \
 extern "C" void winograd_##NAME(const T* x, const void* u, const T* bias, T* y, double scale, long B, long H, long W, long C, long O, int threads) { \
     (!WIDE ? winograd<6, 1, T> : O % 32 ? winograd<16, 1, T> : O % 64 ? winograd<8, 2, T> : winograd<4, 4, T>)(x, u, bias, y, scale, B, H, W, C, O, threads); } \
-extern "C" void winograd_gradient_##NAME(const T* x, const T* dy, float* out, long B, long H, long W, long C, long O, int threads) { \
-    (!WIDE ? winograd_gradient<4, 1, T> : O % 32 ? winograd_gradient<16, 1, T> : winograd_gradient<8, 2, T>)(x, dy, out, B, H, W, C, O, threads); }
+extern "C" void winograd_gradient_##NAME(const T* x, const T* dy, float* dw, long o, long c, long a, long e, long B, long H, long W, long C, long O, int threads) { \
+    (!WIDE ? winograd_gradient<4, 1, T> : O % 32 ? winograd_gradient<16, 1, T> : winograd_gradient<8, 2, T>)(x, dy, dw, {o, c, a, e}, B, H, W, C, O, threads); }
 EXPORT_TILES(float, float32)
 #if !defined(__AMX_BF16__)
 EXPORT_TILES(bf16, bfloat16)
+extern "C" float order_bfloat16(const bf16* w, long n, const bf16* from, long o, long c, long a, long e, void* u, long O, long C, long A, long E, int threads) {
+    return order(w, n, from, {o, c, a, e}, u, O, C, A, E, threads);
+}
 extern "C" void direct_bfloat16(const bf16* x, const void* u, const bf16* bias, bf16* y, double scale, long B, long H, long W, long C, long h, long w, long O,
         long A, long E, long stride, long top, long left, long OH, long OW, long step, int threads) {
     (!WIDE ? direct<6, 1, bf16> : O % 32 ? direct<16, 1, bf16> : direct<8, 2, bf16>)(x, u, bias, y, scale, B, H, W, C, h, w, O, A, E, stride, top, left, OH, OW, step, threads);
 }
-extern "C" void direct_gradient_bfloat16(const bf16* x, const bf16* dy, float* out, long B, long H, long W, long C, long h, long w, long O,
+extern "C" void direct_gradient_bfloat16(const bf16* x, const bf16* dy, float* dw, long o, long c, long a, long e, long B, long H, long W, long C, long h, long w, long O,
         long K, long stride, long pad, int threads) {
-    (!WIDE ? direct_gradient<4, 1, bf16> : O % 32 ? direct_gradient<8, 1, bf16> : direct_gradient<8, 2, bf16>)(x, dy, out, B, H, W, C, h, w, O, K, stride, pad, threads);
+    (!WIDE ? direct_gradient<4, 1, bf16> : O % 32 ? direct_gradient<8, 1, bf16> : direct_gradient<8, 2, bf16>)(x, dy, dw, {o, c, a, e}, B, H, W, C, h, w, O, K, stride, pad, threads);
 }
 #endif
 '''
@@ -862,7 +972,7 @@ EXPORT(bf16, bfloat16)
 
 # %% ../nbs/03_kernels.ipynb #31f18920
 SOURCE = "".join([NUMBERS, RELU, PLAN, STATISTICS, FORWARD, GRADIENT, BACKWARD, PLANES, ENTRIES, HALVES, PAIRS, INPUTS, TILE_PLANES, OUTPUTS, REGISTERS,
-                  PRODUCTS, WINOGRAD, PLANE_SUMS, PLANE_PRODUCTS, SUM_ROWS, WINOGRAD_GRADIENT, ROWS, GATHER, DIRECT, DIRECT_GRADIENT, TILES, EXPORTS])
+                  PRODUCTS, WINOGRAD, WEIGHTS, TILE_WEIGHTS, PLANE_SUMS, PLANE_PRODUCTS, SUM_ROWS, WEIGHT_GRADIENTS, WINOGRAD_GRADIENT, ROWS, GATHER, DIRECT, DIRECT_GRADIENT, TILES, EXPORTS])
 
 # %% ../nbs/03_kernels.ipynb #46460e3f
 def processor() -> str:
@@ -891,7 +1001,7 @@ def compile_library(source:str, compiler:str) -> Path:
 # %% ../nbs/03_kernels.ipynb #2fe67a2d
 P, L, I, D = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_double
 ARGUMENTS = dict(forward=[P]*10 + [L, L, I, D, D, I, I], backward=[P]*11 + [L, L, I, I, I], entries=[P]*4 + [L]*11 + [I], winograd=[P]*4 + [D] + [L]*5 + [I],
-                 winograd_gradient=[P]*3 + [L]*5 + [I], direct=[P]*4 + [D] + [L]*15 + [I], direct_gradient=[P]*3 + [L]*10 + [I])
+                 order_tiles=[P, L, P, *[L]*4, P, L, L, I], winograd_gradient=[P]*3 + [L]*9 + [I], direct=[P]*4 + [D] + [L]*15 + [I], order=[P, L, P, *[L]*4, P, *[L]*4, I], direct_gradient=[P]*3 + [L]*14 + [I])
 
 class Kernels(NamedTuple):
     "The compiled functions for one kind of number, and those for convolutions where they are the faster."
@@ -900,8 +1010,10 @@ class Kernels(NamedTuple):
     entries: object
     winograd: object = None
     winograd_gradient: object = None
+    order_tiles: object = None
     direct: object = None
     direct_gradient: object = None
+    order: object = None
     halves: bool = False   # in which tiles of this kind are multiplied
 
 def load_kernels() -> dict:   # dtype to Kernels
@@ -912,7 +1024,7 @@ def load_kernels() -> dict:   # dtype to Kernels
     for dtype in (torch.float32, torch.bfloat16):
         names = {f: f"{f}_{str(dtype).split('.')[1]}" for f in ARGUMENTS}
         own = {f: getattr(library, name) for f,name in names.items() if hasattr(library, name)}
-        for f,function in own.items(): function.argtypes, function.restype = ARGUMENTS[f], None
+        for f,function in own.items(): function.argtypes, function.restype = ARGUMENTS[f], ctypes.c_float if f.startswith("order") else None
         halves = own.get("winograd") and ctypes.c_int.in_dll(library, f"halves_{str(dtype).split('.')[1]}").value
         found[dtype] = Kernels(**own, halves=bool(halves))
     return found
@@ -978,45 +1090,47 @@ def bn_act(x, residual=None, weight=None, bias=None, running_mean=None, running_
     return BNAct.apply(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, kernels()[x.dtype], torch.is_grad_enabled())
 
 # %% ../nbs/03_kernels.ipynb #b5f01c39
-def phases(weight,       # [O, C, K, K]
-           stride, pad,  # of both directions
-           back=False    # for the gradient of the input
-          ) -> list:     # of (float32 [O/16, A, E, C, 16], A, E, top, left, first row, first column); O and C change places for `back`
+class Phase(NamedTuple):
+    "A direct convolution: A x E places of a weight from `place`; where it begins to read, before the first of what it reads; and the first row and column that it gives."
+    A: int
+    E: int
+    place: tuple
+    top: int
+    left: int
+    row: int
+    column: int
+
+def phases(K, stride, pad,  # of both directions
+           back=False       # for the gradient of the input
+          ) -> list:        # of Phase
     "The direct convolutions that a convolution, or the gradient of its input, is made of."
-    w, places = weight.detach(), range(weight.shape[-1])
-    if not back: lines = [(places, pad, 0)]
-    else:   # input p = stride i + first is read by output i + (first + pad - k)/stride at place k, where that is whole
-        met = [[k for k in places[::-1] if (first + pad - k) % stride == 0] for first in range(stride)]
-        w, lines = w.transpose(0, 1).flip(2, 3), [(ks, (ks[0] - first - pad)//stride if ks else 0, first) for first,ks in enumerate(met)]
-    at = lambda ks: slice(places[-1] - ks[0], None, stride) if back and ks else slice(len(ks))
-    def put(rows, columns):
-        part = w[:, :, at(rows), at(columns)].unflatten(0, (-1, 16)).permute(0, 3, 4, 2, 1)
-        return torch.empty(part.shape).copy_(part)   # in one go, to float32 as well
-    return [(put(a, e), len(a), len(e), top, left, row, column) for (a, top, row),(e, left, column) in product(lines, lines)]
-
-def _pairs(w): return w.unflatten(-2, (-1, 2)).transpose(-2, -1)   # of inputs: side by side
-def _power(w): return 2.**math.frexp(w.abs().max())[1] if w.numel() else 1.   # of two, above all of w
-
-def ordered(weight, *how) -> list:   # (u, what it is to be multiplied by, and the rest) of `phases`; u: [O/16, A, E*C, 16], of halves [O/16, A, E*C/2 rounded up, 16, 2]
-    "The phases, in the order in which the kernel reads them."
-    parts = [(u.flatten(2, 3), rest) for u,*rest in phases(weight, *how)]
-    if not kernels()[weight.dtype].halves: return [(u, 1, *rest) for u,rest in parts]
-    scale = _power(weight.detach())
-    return [(_pairs(F.pad(u/scale, (0, 0, 0, u.shape[2]%2)).half()).contiguous(), scale, *rest) for u,rest in parts]
+    lines = [(K, 0, pad, 0)]   # places, the first, what lies before, the first row
+    if back:   # input p = stride i + first is read by output i + (first + pad - k)/stride at place k, where that is whole
+        met = [[k for k in reversed(range(K)) if (first + pad - k) % stride == 0] for first in range(stride)]
+        lines = [(len(ks), *((ks[0], (ks[0] - first - pad)//stride) if ks else (0, 0)), first) for first,ks in enumerate(met)]
+    return [Phase(A, E, (k, l), top, left, row, column) for (A, k, top, row),(E, l, left, column) in product(lines, lines)]
 
 # %% ../nbs/03_kernels.ipynb #df925fc0
-_G = torch.tensor([[1, 0, 0], *[[1/n, p/n, p*p/n] for p,n in ((.5**.5, -1.5), (-.5**.5, -1.5), (2**.5, 6), (-2**.5, 6))], [0, 0, 1]])
-_GG = torch.kron(_G, _G)   # [36, 9]
+def _ordered(call, weight, back, place, stride, size, *sizes):   # by one of the kernels
+    if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)): weight = weight.contiguous()
+    (o, c, a, e), own, (k, l) = weight.stride(), kernels()[weight.dtype], place
+    O, C, step = (weight.shape[1], weight.shape[0], -stride) if back else (*weight.shape[:2], 1)
+    u = torch.empty(size, dtype=torch.half if own.halves else torch.float)
+    scale = call(weight.data_ptr(), weight.numel(), weight.data_ptr() + (k*a + l*e)*weight.element_size(), *((c, o) if back else (o, c)),
+                 a*step, e*step, u.data_ptr(), O, C, *sizes, torch.get_num_threads())
+    return u, scale
 
 def transformed(weight,      # [O, C, 3, 3]
                 back=False   # for the gradient of the input
                ) -> tuple:   # [36, O/16, C, 16], of halves [36, O/16, C/2, 16, 2], and what it is to be multiplied by; O and C change places for `back`
     "$G w G^\\top$, in the order in which the kernel reads it."
-    (w, *_), *_ = phases(weight, 1, 1, back)
-    w, scale = w.permute(1, 2, 0, 3, 4), 1
-    if halves := kernels()[weight.dtype].halves: w, scale = _pairs(w), _power(2.2*weight.detach())   # G makes up to 1.48 of 1
-    with torch.autocast("cpu", enabled=False): u = (_GG/scale @ w.reshape(9, -1)).view(36, *w.shape[2:])
-    return (u.half() if halves else u), scale
+    return _ordered(kernels()[weight.dtype].order_tiles, weight, back, (2, 2) if back else (0, 0), 1, 4*weight.numel())
+
+def ordered(weight, stride, pad, back=False) -> list:   # of Phase, u [O/16, A, E*C, 16], of halves [O/16, A, E*C/2 rounded up, 16, 2], and what it is to be multiplied by
+    "The weight of each phase, in the order in which the kernel reads it."
+    O, C = (weight.shape[1], weight.shape[0]) if back else weight.shape[:2]
+    return [(p, *_ordered(kernels()[weight.dtype].order, weight, back, p.place, stride, O*p.A*(p.E*C + 1), p.A, p.E))
+            for p in phases(weight.shape[-1], stride, pad, back)]
 
 def _kept(make, weight, *how):   # with a frozen weight until it changes
     if weight.requires_grad or weight.is_inference(): return make(weight, *how)
@@ -1066,10 +1180,10 @@ def _own(how, x, weight, bias, size, stride=1, pad=1, back=False):   # the convo
         u, scale = _kept(transformed, weight, back)
         own.winograd(x.data_ptr(), u.data_ptr(), _ptr(bias), y.data_ptr(), scale, *where, channels, threads)
     else:
-        for u, scale, A, E, top, left, row, column in _kept(ordered, weight, stride, pad, back):
-            h, w = ((n - first + step - 1)//step for n,first in zip(size, (row, column)))
-            if h > 0 and w > 0: own.direct(x.data_ptr(), u.data_ptr(), _ptr(bias), y[..., row, column].data_ptr(), scale, *where, h, w, channels,
-                       A, E, 1 if back else stride, top, left, *size, step, threads)
+        for p,u,scale in _kept(ordered, weight, stride, pad, back):
+            h, w = ((n - first + step - 1)//step for n,first in zip(size, (p.row, p.column)))
+            if h > 0 and w > 0: own.direct(x.data_ptr(), u.data_ptr(), _ptr(bias), y[..., p.row, p.column].data_ptr(), scale, *where, h, w, channels,
+                       p.A, p.E, 1 if back else stride, p.top, p.left, *size, step, threads)
     return y
 
 def convolve(x, weight, bias, *geometry):
@@ -1103,14 +1217,11 @@ def weight_gradient(g, x, weight, *geometry):
     if how == "torch" or x.shape[1] != C or g.dtype != x.dtype or g.shape != (len(x), O, *_outputs(x.shape, weight, *geometry)):
         return _gradients(g, x, weight, *geometry, of=1)
     x, g, own, K, (stride, pad, *_) = _channels_last(x, x.dtype), _channels_last(g, x.dtype), kernels()[x.dtype], weight.shape[-1], geometry
-    out = torch.empty((36, C, O) if how == "tiles" else (K, -(-K*C//8)*8, O), dtype=torch.float32, device="cpu")
-    pointers, where, threads = (x.data_ptr(), g.data_ptr(), out.data_ptr()), (len(x), *x.shape[2:], C), torch.get_num_threads()
-    if how == "direct":
-        own.direct_gradient(*pointers, *where, *g.shape[2:], O, K, stride[0], pad[0], threads)
-        return out[:, :K*C].reshape(K, K, C, O).permute(3, 2, 0, 1)
-    own.winograd_gradient(*pointers, *where, O, threads)
-    with torch.autocast("cpu", enabled=False): dw = [(_GG.T @ part.view(36, -1)).view(3, 3, -1, O) for part in out.view(-1, O).split(36*64)]
-    return torch.cat(dw, 2).permute(3, 2, 0, 1)
+    dw = torch.empty_like(weight, dtype=torch.float32)
+    given, where, threads = (x.data_ptr(), g.data_ptr(), dw.data_ptr(), *dw.stride()), (len(x), *x.shape[2:], C), torch.get_num_threads()
+    if how == "tiles": own.winograd_gradient(*given, *where, O, threads)
+    else: own.direct_gradient(*given, *where, *g.shape[2:], O, K, stride[0], pad[0], threads)
+    return dw
 
 # %% ../nbs/03_kernels.ipynb #71c1b6c0
 class LeanConv(torch.autograd.Function):
