@@ -6,11 +6,11 @@
 __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACKWARD', 'PLANES', 'ENTRIES', 'HALVES', 'PAIRS',
            'INPUTS', 'TILE_PLANES', 'WEIGHTS', 'TILE_WEIGHTS', 'OUTPUTS', 'REGISTERS', 'PRODUCTS', 'WINOGRAD',
            'PLANE_SUMS', 'PLANE_PRODUCTS', 'SUM_ROWS', 'WEIGHT_GRADIENTS', 'WINOGRAD_GRADIENT', 'ROWS', 'GATHER',
-           'DIRECT', 'DIRECT_GRADIENT', 'TILES', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS', 'bn_act_plain',
-           'processor', 'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits', 'bn_act', 'Phase',
-           'phases', 'transformed', 'ordered', 'abilities', 'multiplies_bfloat16', 'way', 'convolve', 'input_gradient',
-           'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'geometry', 'few', 'eager', 'accelerate',
-           'keep_memory']
+           'DIRECT', 'PIXELS', 'DIRECT_GRADIENT', 'TILES', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS',
+           'bn_act_plain', 'processor', 'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits',
+           'bn_act', 'Phase', 'phases', 'transformed', 'ordered', 'abilities', 'multiplies_bfloat16', 'way', 'convolve',
+           'input_gradient', 'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'geometry', 'few', 'eager',
+           'accelerate', 'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
 import ctypes, hashlib, math, os, platform, shlex, shutil, subprocess, sys, tempfile
@@ -879,28 +879,55 @@ template <int R, int N, class T> void direct(const T* x, const void* u, const T*
 }
 '''
 
+# %% ../nbs/03_kernels.ipynb #58d0e6b7
+PIXELS = r'''
+// v [w][size]: the first `run` numbers from `step` after those of the pixel before; m [w][M]: M of O numbers of each pixel; of halves both in pairs
+// of pixels. Up to 15 more are written.
+inline void gather_pixels(const float* line, long run, long step, long w, long size, float* v) { gather(line, 0, 1, run, step, w, size, v); }
+template <class T> void read_pixels(const T* p, long w, long O, long M, Range, float* m) {
+    for (long j = 0; j < w; j++) for (long k = 0; k < M; k += 16) { V n; load(p + j * O + k, n); store(m + j * M + k, n); }
+}
+#if defined(HALVES)
+inline void gather_pixels(const half* line, long run, long step, long w, long size, half* v) {
+    for (long j = 0; j < w; j += 2) for (long e = 0; e < run; e += 16) store(v + j * size + 2 * e, join(line + j * step + e, line + (j + 1) * step + e));
+}
+inline void read_pixels(const bf16* p, long w, long O, long M, Range range, half* m) {
+    half both[32] = {};
+    for (long j = 0; j < w; j += 2) for (long k = 0; k < M; k += 16) {
+        for (int z = 0; z < 2; z++) { Q n = {}; if (j + z < w) load(p + (j + z) * O + k, range, n); store(both + 16 * z, n); }
+        store(m + j * M + 2 * k, join(both, both + 16));
+    }
+}
+#endif
+'''
+
 # %% ../nbs/03_kernels.ipynb #d17ec7a3
 DIRECT_GRADIENT = r'''
 // dy [B, h, w, O]; dw: entries at `at`.
 template <int R, int N, class T> void direct_gradient(const T* x, const T* dy, float* dw, Entry at, long B, long H, long W, long C,
         long h, long w, long O, long K, long stride, long pad, int threads) {
-    bool wide = w >= 8;
-    long depth = (K * C + 7) / 8 * 8, rows = wide ? 1 : 32 / w, length = ((w - 1) * stride + K) * C;
+    typedef typename Tile<T>::number E; constexpr int S = 4 / sizeof(E);
+    bool shared = w >= 8 && S == 1;                         // neighbours read what lies in a line once
+    long depth = (K * C + 7) / 8 * 8, rows = shared ? 1 : std::max(1L, 32 / w), length = ((w - 1) * stride + K) * C, each = (w + S - 1) / S * S;
+    float limit = std::sqrt(32768.f / (rows * each));       // so that no sum of halves is infinite
     std::unique_ptr<V[]> out(new V[K * depth * O / 16]);
-    sum_rows(B * h, K * depth, depth, O, (float*)out.get(), threads, [&](long first, long end, long a, long o, long M, float* sum) {
-        Buffer<float> read(length + 16), gathered(wide ? 0 : rows * w * depth + 16), m(rows * w * M);
-        float *line = read, *v = gathered;
+    sum_rows(B * h, K * depth, K * depth, O, (float*)out.get(), threads, [&](long first, long end, long, long o, long M, float* sum) {
+        Buffer<E> read(length + stride * C + 16), gathered(rows * each * depth + 32), behind(rows * each * M);
+        E *line = read, *v = gathered, *m = behind;
         for (long last; first < end; first = last) {
             last = std::min(first + rows, end);
-            for (long g = first; g < last; g++) {
-                read_row(x + g / h * H * W * C, g % h * stride - pad + a, H, W, C, pad, {0, 1}, line, length);
-                if (!wide) gather(line, length, 1, K * C, stride * C, w, depth, v + (g - first) * w * depth);
-                for (long j = (g - first) * w; j < (g - first + 1) * w; j++) for (long k = 0; k < M; k += 16) {
-                    V n; load(dy + (first * w + j) * O + o + k, n); store(m + j * M + k, n);
+            long from = first / h * H + std::max(0L, first % h * stride - pad), to = (last - 1) / h * H + std::min(H, (last - 1) % h * stride - pad + K);
+            Range range = range_of(x + from * W * C, std::max(0L, to - from), W * C, W * C, limit);
+            Range low = range_of(dy + first * w * O + o, (last - first) * w, O, M, limit);
+            for (long g = first; g < last; g++) read_pixels(dy + g * w * O + o, w, O, M, low, m + (g - first) * each * M);
+            for (long a = 0; a < K; a++) {
+                for (long g = first; g < last; g++) {
+                    read_row(x + g / h * H * W * C, g % h * stride - pad + a, H, W, C, pad, range, line, length);
+                    if (!shared) gather_pixels(line, K * C, stride * C, w, depth, v + (g - first) * each * depth);
                 }
+                for (long s = 0; s < M; s += 16 * N) for (long k = 0; k < depth; k += R)
+                    add_products<R, N>((shared ? line : v) + S * k, shared ? stride * C : depth, m + S * s, M, sum + (a * depth + k) * M + s, M, (last - first) * each, range.unit * low.unit);
             }
-            for (long s = 0; s < M; s += 16 * N) for (long k = 0; k < depth; k += R)
-                add_products<R, N>((wide ? line : v) + k, wide ? stride * C : depth, m + s, M, sum + k * M + s, M, (last - first) * w, 1);
         }
     });
     finish((float*)out.get(), dw, at, O, C, K, threads);
@@ -972,7 +999,7 @@ EXPORT(bf16, bfloat16)
 
 # %% ../nbs/03_kernels.ipynb #31f18920
 SOURCE = "".join([NUMBERS, RELU, PLAN, STATISTICS, FORWARD, GRADIENT, BACKWARD, PLANES, ENTRIES, HALVES, PAIRS, INPUTS, TILE_PLANES, OUTPUTS, REGISTERS,
-                  PRODUCTS, WINOGRAD, WEIGHTS, TILE_WEIGHTS, PLANE_SUMS, PLANE_PRODUCTS, SUM_ROWS, WEIGHT_GRADIENTS, WINOGRAD_GRADIENT, ROWS, GATHER, DIRECT, DIRECT_GRADIENT, TILES, EXPORTS])
+                  PRODUCTS, WINOGRAD, WEIGHTS, TILE_WEIGHTS, PLANE_SUMS, PLANE_PRODUCTS, SUM_ROWS, WEIGHT_GRADIENTS, WINOGRAD_GRADIENT, ROWS, GATHER, DIRECT, PIXELS, DIRECT_GRADIENT, TILES, EXPORTS])
 
 # %% ../nbs/03_kernels.ipynb #46460e3f
 def processor() -> str:

@@ -222,7 +222,7 @@ def follow_direct(shape):
         got = (got, *torch.autograd.grad(got, wanted, dy), weight_gradient(dy, x, w, *how))
     want = (want, *torch.autograd.grad(want, exact, dy.double()))
     for a, b in zip(got, want): assert a.shape == b.shape and (a.double() - b).norm() < .0034 * b.norm()
-    assert (got[-1].double() - want[2]).norm() < 1e-5*want[2].norm()
+    assert (got[-1].double() - want[2]).norm() < (.001 if kernels()[torch.bfloat16].halves else 1e-5)*want[2].norm()
 
 @needs_tiles
 @pytest.mark.parametrize("shape", DIRECT, ids=str)
