@@ -388,6 +388,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bnonly.kernels._pool_forward': ('kernels.html#_pool_forward', 'bnonly/kernels.py'),
                                 'bnonly.kernels._ptr': ('kernels.html#_ptr', 'bnonly/kernels.py'),
                                 'bnonly.kernels._way': ('kernels.html#_way', 'bnonly/kernels.py'),
+                                'bnonly.kernels._way_of': ('kernels.html#_way_of', 'bnonly/kernels.py'),
                                 'bnonly.kernels.abilities': ('kernels.html#abilities', 'bnonly/kernels.py'),
                                 'bnonly.kernels.accelerate': ('kernels.html#accelerate', 'bnonly/kernels.py'),
                                 'bnonly.kernels.bn_act': ('kernels.html#bn_act', 'bnonly/kernels.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACKWARD', 'PLANES', 'ENTRIES', 'HALVES', 'PAIRS',
-           'INPUTS', 'TILE_PLANES', 'WEIGHTS', 'TILE_WEIGHTS', 'OUTPUTS', 'REGISTERS', 'PRODUCTS', 'WINOGRAD',
+           'INPUTS', 'TILE_PLANES', 'OUTPUTS', 'REGISTERS', 'PRODUCTS', 'WINOGRAD', 'WEIGHTS', 'TILE_WEIGHTS',
            'PLANE_SUMS', 'PLANE_PRODUCTS', 'SUM_ROWS', 'WEIGHT_GRADIENTS', 'WINOGRAD_GRADIENT', 'ROWS', 'GATHER',
            'DIRECT', 'PIXELS', 'DIRECT_GRADIENT', 'TILES', 'EXPORTS', 'SOURCE', 'P', 'L', 'I', 'D', 'ARGUMENTS',
            'bn_act_plain', 'processor', 'compile_library', 'Kernels', 'load_kernels', 'kernels', 'BNAct', 'fits',
@@ -260,14 +260,33 @@ template <class T> void backward(const Plan& P, const T* dy, const T* x, const u
 
 # %% ../nbs/03_kernels.ipynb #7ad86124
 PLANES = r'''
+template <class T> struct Sixteen { typedef V numbers; };
+template <> struct Sixteen<bf16> { typedef H numbers; };
+template <class X> inline void interleave(const X* a, X* b) {
+    #pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        b[2 * i] = __builtin_shufflevector(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+}
+template <class X> inline void transpose(X* a) { X b[16]; interleave(a, b); interleave(b, a); interleave(a, b); interleave(b, a); }   // 16 by 16
+
 // An image becomes planes, one for each channel, between zeros, and so does the gradient behind it, in rows as long and
 // as far apart as the stride says. Then the gradient of an entry is the product of two planes, one of them shifted.
 template <class T> void planes(const T* p, long H, long W, long C, long row, long step, long size, T* out) {
-    for (long h = 0; h < H; h++)
-        for (long b = 0; b < C; b += 16)                    // a few channels at a time, as the cache likes it
-            for (long w = 0; w < W; w++)
-                for (long c = b; c < std::min(b + 16, C); c++)
-                    out[c * size + (h * row + w) * step] = p[(h * W + w) * C + c];
+    for (long h = 0; h < H; h++) for (long c = 0; c < C; c += 16) for (long w = 0; w < W; w += 16) {
+        long n = std::min(16L, W - w), m = std::min(16L, C - c);
+        typename Sixteen<T>::numbers a[16] = {};
+        const T* from = p + (h * W + w) * C + c;
+        for (long i = 0; i < n; i++) if (m == 16) memcpy(a + i, from + i * C, sizeof *a); else memcpy(a + i, from + i * C, m * sizeof(T));
+        transpose(a);
+        for (long k = 0; k < m; k++) {
+            T *to = out + (c + k) * size + (h * row + w) * step, *pixels = (T*)(a + k);
+            if (step == 1 && n == 16) memcpy(to, pixels, sizeof *a);
+            else if (step == 1 && n == 8) memcpy(to, pixels, sizeof *a / 2);
+            else for (long i = 0; i < n; i++) to[i * step] = pixels[i];
+        }
+    }
 }
 '''
 
@@ -335,7 +354,7 @@ inline Range range_of(const bf16* x, long n, long C, long K, float limit) {
     int exponent = *std::max_element(t, t + 32) >> 7, low = std::max(0, exponent - 14 - std::ilogb(limit));
     return {low << 7, exponent == 255 ? NAN : std::ldexp(1.f, low - 112)};   // after NaN or infinity all is NaN
 }
-inline __m512i halves(__m512i x, Range range) {             // bits of bfloat16 to those of half; what is too small becomes zero
+inline __m512i halves(__m512i x, Range range) {             // bits of bfloat16 to those of half, which loses up to 2^-15
     __m512i size = _mm512_subs_epu16(_mm512_and_si512(x, _mm512_set1_epi16(0x7fff)), _mm512_set1_epi16(range.low));
     return _mm512_ternarylogic_epi32(_mm512_slli_epi16(size, 3), x, _mm512_set1_epi16(0x8000), 0xf8);   // size | x & sign
 }
@@ -433,76 +452,6 @@ template <class F, int N> void paired(const half* line, long length, long w, lon
             }
 }
 #endif
-'''
-
-# %% ../nbs/03_kernels.ipynb #4b7c92e0
-WEIGHTS = r'''
-// Where entry (o, c) at place (a, e) of a weight lies, in numbers from its begin.
-struct Entry { long o, c, a, e; long operator()(long i, long j, long k, long l) const { return i * o + j * c + k * a + l * e; } };
-
-template <class T> inline V outputs_of(const T* w, long o) {   // 16 of them, `o` apart
-    V v;
-    if (o == 1) load(w, v);
-    else for (int i = 0; i < 16; i++) { float f; load(w + i * o, f); v[i] = f; }
-    return v;
-}
-inline void place(float* u, const V* v, float scale) { store(u, *v / scale); }
-#if defined(HALVES)
-inline void place(half* u, const V* v, float scale) {
-    half both[32];
-    for (int s = 0; s < 2; s++) store(both + 16 * s, __builtin_convertvector(v[s] / scale, Q));
-    store(u, join(both, both + 16));
-}
-#endif
-
-// A weight in the order in which `direct` reads it, and what that is to be multiplied by: from entry (0, 0) at its first place.
-template <class T> float order(const T* w, long n, const T* from, Entry at, void* u, long O, long C, long A, long E, int threads) {
-    typedef typename Tile<T>::number F;
-    constexpr int S = 4 / sizeof(F);
-    float scale = range_of(w, 1, n, n, 1).unit;
-    long run = (E * C + S - 1) / S;
-    #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long o = 0; o < O; o += 16) for (long a = 0; a < A; a++) for (long k = 0; k < run; k++) {
-        V v[S] = {};
-        for (long s = 0; s < S && k * S + s < E * C; s++) v[s] = outputs_of(from + at(o, (k * S + s) % C, a, (k * S + s) / C), at.o);
-        place((F*)u + ((o / 16 * A + a) * run + k) * 16 * S, v, scale);
-    }
-    return scale;
-}
-'''
-
-# %% ../nbs/03_kernels.ipynb #c90e15ad
-TILE_WEIGHTS = r'''
-inline void weight_transform(const V* w, long step, V* u) {   // G w: a column of three numbers to six
-    V a = (w[0] + .5f * w[2 * step]) / -1.5f, b = (float)A * w[step] / -1.5f, c = (w[0] + 2 * w[2 * step]) / 6, d = (float)B * w[step] / 6;
-    u[0] = w[0]; u[1] = a + b; u[2] = a - b; u[3] = c + d; u[4] = c - d; u[5] = w[2 * step];
-}
-inline void gradient_of_weight(const V* u, long step, V* w) {   // G' u
-    V a = (u[step] + u[2 * step]) / -1.5f, b = (float)A * (u[step] - u[2 * step]) / -1.5f, c = (u[3 * step] + u[4 * step]) / 6, d = (float)B * (u[3 * step] - u[4 * step]) / 6;
-    w[0] = u[0] + a + c; w[1] = b + d; w[2] = .5f * a + 2 * c + u[5 * step];
-}
-
-// The same for tiles: G w G'.
-template <class T> float order_tiles(const T* w, long n, const T* from, Entry at, void* u, long O, long C, int threads) {
-    typedef typename Tile<T>::number F;
-    constexpr int S = 4 / sizeof(F);
-    float scale = range_of(w, 1, n, n, .25f).unit;          // G makes up to 1.48 of 1, and that twice
-    #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long o = 0; o < O; o += 16) for (long c = 0; c < C; c += S) {
-        V d[9], t[18], v[36][S];
-        for (long s = 0; s < S; s++) {
-            for (long k = 0; k < 9; k++) d[k] = outputs_of(from + at(o, c + s, k / 3, k % 3), at.o);
-            for (long l = 0; l < 3; l++) weight_transform(d + l, 3, t + 6 * l);
-            for (long k = 0; k < 6; k++) {
-                V r[6];
-                weight_transform(t + k, 6, r);
-                for (long l = 0; l < 6; l++) v[k * 6 + l][s] = r[l];
-            }
-        }
-        for (long p = 0; p < 36; p++) place((F*)u + ((p * O + o) * C + c * 16), v[p], scale);
-    }
-    return scale;
-}
 '''
 
 # %% ../nbs/03_kernels.ipynb #db4467d6
@@ -642,6 +591,76 @@ template <int R, int N, class T> void winograd(const T* x, const void* u, const 
             }
         }
     }
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #4b7c92e0
+WEIGHTS = r'''
+// Where entry (o, c) at place (a, e) of a weight lies, in numbers from its begin.
+struct Entry { long o, c, a, e; long operator()(long i, long j, long k, long l) const { return i * o + j * c + k * a + l * e; } };
+
+template <class T> inline V outputs_of(const T* w, long o) {   // 16 of them, `o` apart
+    V v;
+    if (o == 1) load(w, v);
+    else for (int i = 0; i < 16; i++) { float f; load(w + i * o, f); v[i] = f; }
+    return v;
+}
+inline void place(float* u, const V* v, float scale) { store(u, *v / scale); }
+#if defined(HALVES)
+inline void place(half* u, const V* v, float scale) {
+    half both[32];
+    for (int s = 0; s < 2; s++) store(both + 16 * s, __builtin_convertvector(v[s] / scale, Q));
+    store(u, join(both, both + 16));
+}
+#endif
+
+// A weight in the order in which `direct` reads it, and what that is to be multiplied by: from entry (0, 0) at its first place.
+template <class T> float order(const T* w, long n, const T* from, Entry at, void* u, long O, long C, long A, long E, int threads) {
+    typedef typename Tile<T>::number F;
+    constexpr int S = 4 / sizeof(F);
+    float scale = range_of(w, 1, n, n, 1).unit;
+    long run = (E * C + S - 1) / S;
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long o = 0; o < O; o += 16) for (long a = 0; a < A; a++) for (long k = 0; k < run; k++) {
+        V v[S] = {};
+        for (long s = 0; s < S && k * S + s < E * C; s++) v[s] = outputs_of(from + at(o, (k * S + s) % C, a, (k * S + s) / C), at.o);
+        place((F*)u + ((o / 16 * A + a) * run + k) * 16 * S, v, scale);
+    }
+    return scale;
+}
+'''
+
+# %% ../nbs/03_kernels.ipynb #c90e15ad
+TILE_WEIGHTS = r'''
+inline void weight_transform(const V* w, long step, V* u) {   // G w: a column of three numbers to six
+    V a = (w[0] + .5f * w[2 * step]) / -1.5f, b = (float)A * w[step] / -1.5f, c = (w[0] + 2 * w[2 * step]) / 6, d = (float)B * w[step] / 6;
+    u[0] = w[0]; u[1] = a + b; u[2] = a - b; u[3] = c + d; u[4] = c - d; u[5] = w[2 * step];
+}
+inline void gradient_of_weight(const V* u, long step, V* w) {   // G' u
+    V a = (u[step] + u[2 * step]) / -1.5f, b = (float)A * (u[step] - u[2 * step]) / -1.5f, c = (u[3 * step] + u[4 * step]) / 6, d = (float)B * (u[3 * step] - u[4 * step]) / 6;
+    w[0] = u[0] + a + c; w[1] = b + d; w[2] = .5f * a + 2 * c + u[5 * step];
+}
+
+// The same for tiles: G w G'.
+template <class T> float order_tiles(const T* w, long n, const T* from, Entry at, void* u, long O, long C, int threads) {
+    typedef typename Tile<T>::number F;
+    constexpr int S = 4 / sizeof(F);
+    float scale = range_of(w, 1, n, n, .25f).unit;          // G makes up to 1.48 of 1, and that twice
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long o = 0; o < O; o += 16) for (long c = 0; c < C; c += S) {
+        V d[9], t[18], v[36][S];
+        for (long s = 0; s < S; s++) {
+            for (long k = 0; k < 9; k++) d[k] = outputs_of(from + at(o, c + s, k / 3, k % 3), at.o);
+            for (long l = 0; l < 3; l++) weight_transform(d + l, 3, t + 6 * l);
+            for (long k = 0; k < 6; k++) {
+                V r[6];
+                weight_transform(t + k, 6, r);
+                for (long l = 0; l < 6; l++) v[k * 6 + l][s] = r[l];
+            }
+        }
+        for (long p = 0; p < 36; p++) place((F*)u + ((p * O + o) * C + c * 16), v[p], scale);
+    }
+    return scale;
 }
 '''
 
@@ -1180,22 +1199,26 @@ def way(dtype, weight, *geometry,
         images=None, size=None   # how many, and rows and columns of the outputs; None: many and large
        ) -> str:
     "How a convolution is computed on a CPU: in 'tiles', 'direct', or by 'torch'."
-    own, (stride, padding, dilation, groups) = (kernels() or {}).get(dtype), geometry
-    if not own or not own.winograd or len(weight)%16 or not len(weight) or dilation != (1, 1) or groups != 1: return "torch"
-    if size and min(size) == 1 < weight.shape[-1]: return "torch"   # which leaves out the border
-    square = all(len({*o}) == 1 for o in (stride, padding, weight.shape[2:]))
-    direct = "direct" if square and own.direct and not multiplies_bfloat16(abilities()) else "torch"
-    if weight.shape[1]%16 or (*weight.shape[2:], *stride, *padding) != (3, 3, 1, 1, 1, 1): return direct
+    own = (kernels() or {}).get(dtype)
+    if not own or not own.winograd: return "torch"
+    return _way_of(bool(own.direct) and not multiplies_bfloat16(abilities()), weight.shape, weight.requires_grad, images, size and tuple(size), *geometry)
+
+@lru_cache(1024)
+def _way_of(direct, shape, trains, images, size, stride, padding, dilation, groups):   # once for each kind of layer
+    if shape[0]%16 or not shape[0] or dilation != (1, 1) or groups != 1: return "torch"
+    if size and min(size) == 1 < shape[-1]: return "torch"   # which leaves out the border
+    square = all(len({*o}) == 1 for o in (stride, padding, shape[2:]))
+    direct = "direct" if square and direct else "torch"
+    if shape[1]%16 or (*shape[2:], *stride, *padding) != (3, 3, 1, 1, 1, 1): return direct
     if not size: return "tiles"
     tiles = -(-size[0]//4) * -(-size[1]//4)
     empty = size[0]*size[1] <= 4*tiles   # mostly: as many products as without tiles
-    few = weight.requires_grad and (empty or images*tiles < 64)
+    few = trains and (empty or images*tiles < 64)
     return direct if few or empty and direct != "torch" else "tiles"
 
 def _way(x, size, weight, bias, *geometry):   # of these images, or this gradient; size: of the outputs
-    alike = all(t is None or (t.dtype, t.device) == (x.dtype, x.device) for t in (weight, bias))
-    sound = alike and x.device.type == "cpu" and x.dim() == 4 and x.numel() and min(size) > 0
-    if not sound or not (bias is None or bias.is_contiguous() and bias.shape == weight.shape[:1]): return "torch"
+    if not (weight.dtype == x.dtype and weight.device.type == x.device.type == "cpu" and x.dim() == 4 and x.numel() and min(size) > 0): return "torch"
+    if bias is not None and (bias.dtype != x.dtype or bias.device.type != "cpu" or not bias.is_contiguous() or bias.shape != weight.shape[:1]): return "torch"
     return way(x.dtype, weight, *geometry, images=len(x), size=size)
 
 # %% ../nbs/03_kernels.ipynb #829fd376

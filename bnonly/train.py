@@ -160,7 +160,9 @@ def pays(cpu:dict,   # its `abilities`
     if cpu.get("amx_bf16"): return True
     family, _, width = parse_arch(arch)
     if family in ("mlp", "lenet"): return False
-    ours = kernels() is not None and family in ("cifar", "wide", "vgg") and width % 1 == 0   # mostly 3x3, of multiples of 16 channels
+    own = kernels()
+    halves = bool(own) and own[torch.bfloat16].halves
+    ours = own is not None and family in ("cifar", "wide", "vgg", *["imagenet"]*halves) and width % 1 == 0   # of multiples of 16 channels
     return multiplies_bfloat16(cpu) or bool(cpu.get("avx512_f")) and ours
 
 def default_dtype(device:torch.device, arch:str) -> torch.dtype:

@@ -168,13 +168,13 @@ def test_the_readme_tells_what_the_whole_schedule_gave(monkeypatch):
 
 
 def test_the_kernels_learn_as_well_as_pytorch(monkeypatch):
-    "ResNet-14, BatchNorm only, 16 epochs of CIFAR-10 (JPEG): the committed runs of both agree within one standard error, those of today's kernels within two."
+    "ResNet-14, BatchNorm only, 16 epochs of CIFAR-10 (JPEG): the committed runs of both agree within one standard error, those with tiles of 4x4 in float32 within two."
     from statistics import mean, variance
     from bnonly.experiment import records
     monkeypatch.delenv("BNONLY_RUNS")
     spec = lambda r: Spec(arch="resnet14", policy="bn", data="cifar10", epochs=16, seed=r["spec"]["seed"]).__dict__
     reached = lambda *studies: [r["final"]["accuracy"] for s in studies for r in records(s) if r["spec"] == spec(r)]
     pytorch = reached("plain", "plain16")
-    for ours, errors in ((reached("fused", "short"), 1), (reached("tiles"), 1), (reached("tiles4"), 2)):
+    for ours, errors in ((reached("fused", "short"), 1), (reached("tiles"), 1), (reached("tiles4"), 2), (reached("halves"), 1)):
         assert min(len(pytorch), len(ours)) >= 4
         assert abs(mean(pytorch) - mean(ours)) <= errors * (variance(pytorch)/len(pytorch) + variance(ours)/len(ours))**.5
