@@ -260,13 +260,18 @@ template <class T> void backward(const Plan& P, const T* dy, const T* x, const u
 
 # %% ../nbs/03_kernels.ipynb #7ad86124
 PLANES = r'''
+#if defined(__clang__)
+#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIX(a, b, ...) __builtin_shuffle(a, b, decltype(a < b){__VA_ARGS__})
+#endif
 template <class T> struct Sixteen { typedef V numbers; };
 template <> struct Sixteen<bf16> { typedef H numbers; };
 template <class X> inline void interleave(const X* a, X* b) {
     #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
-        b[2 * i] = __builtin_shufflevector(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        b[2 * i] = MIX(a[i], a[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        b[2 * i + 1] = MIX(a[i], a[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
     }
 }
 template <class X> inline void transpose(X* a) { X b[16]; interleave(a, b); interleave(b, a); interleave(a, b); interleave(b, a); }   // 16 by 16
