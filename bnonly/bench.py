@@ -230,7 +230,7 @@ def rates(dtype:torch.dtype) -> tuple:   # multiply-adds times two a second; byt
     return best(lambda: a@a, 2*2048**3), best(lambda: c.copy_(b), 2*b.nbytes)
 
 def work(arch, policy, batch=128, dtype=torch.float32) -> tuple:   # floating-point operations, numbers moved
-    "What one step has to compute and to move; with Winograd's tiles where numbers of this kind have any, whose products are float32 or float16 in any case."
+    "What one step has to compute and to move; with Winograd's tiles where numbers of this kind have any, whose products are float32, or float16 where the processor multiplies that faster."
     from torch.utils.flop_counter import FlopCounterMode
     model, moved, spared, cpu = freeze(create_model(arch), policy), [0], [0], default_device().type == "cpu"
     def count(m, args, out): moved[0] += out.numel() * (8 + 2*(len(args) > 1))
@@ -294,9 +294,10 @@ def bench(archs=ARCHS, policies=TRAINS,
     if open_lth and not (Path(open_lth)/"models/registry.py").exists():
         raise ValueError(f"--open-lth {open_lth!r} has no models/registry.py; name a checkout of github.com/facebookresearch/open_lth.")
     best, rows = (0, 0), []   # the best rates of all that are measured, one time for each row
+    halves = {torch.float16} if default_device().type == "cpu" and kernels() and kernels()[torch.bfloat16].halves else set()
     with processes([n for n in PEERS if n != "open_lth" or open_lth], open_lth) as found:
         for a,p in product(archs, policies):
-            for dtype in {torch.float32, torch.float16, default_dtype(default_device(), a)}: best = tuple(map(max, best, rates(dtype)))   # what our kernels multiply
+            for dtype in {torch.float32, default_dtype(default_device(), a)} | halves: best = tuple(map(max, best, rates(dtype)))   # what our kernels multiply
             rows.append(explain(row(a, p, found, rounds), best))
             say(rows[-1])
     whole = (tuple(archs), tuple(policies)) == (ARCHS, TRAINS)

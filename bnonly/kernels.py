@@ -13,7 +13,7 @@ __all__ = ['NUMBERS', 'RELU', 'PLAN', 'STATISTICS', 'FORWARD', 'GRADIENT', 'BACK
            'accelerate', 'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
-import ctypes, hashlib, math, os, platform, shlex, shutil, subprocess, sys, tempfile
+import ctypes, hashlib, os, platform, shlex, shutil, subprocess, sys, tempfile
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -377,15 +377,15 @@ inline QQ sum_pairs(QQ a, QQ b) {
     __m512i other = _mm512_ror_epi32(_mm512_mask_blend_epi16(0xaaaaaaaa, y, x), 16);
     return (QQ)_mm512_mask_blend_epi16(0xaaaaaaaa, x, y) + (QQ)other;
 }
-inline __m512i order(long a, long b, long c, long d) { return _mm512_cvtepi8_epi16(_mm256_set_epi64x(d, c, b, a)); }
+inline __m512i places(long a, long b, long c, long d) { return _mm512_cvtepi8_epi16(_mm256_set_epi64x(d, c, b, a)); }
 inline void part(QQ v, V* y) {                              // the even places, and the odd ones
-    __m512i both = _mm512_permutexvar_epi16(order(0x0e0c0a0806040200, 0x1e1c1a1816141210, 0x0f0d0b0907050301, 0x1f1d1b1917151311), (__m512i)v);
+    __m512i both = _mm512_permutexvar_epi16(places(0x0e0c0a0806040200, 0x1e1c1a1816141210, 0x0f0d0b0907050301, 0x1f1d1b1917151311), (__m512i)v);
     y[0] = (V)_mm512_cvtxph_ps((__m256h)_mm512_castsi512_si256(both));
     y[1] = (V)_mm512_cvtxph_ps((__m256h)_mm512_extracti64x4_epi64(both, 1));
 }
 inline QQ join(const half* p, const half* q) {              // the reverse
     __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)), _mm256_loadu_si256((const __m256i*)q), 1);
-    return (QQ)_mm512_permutexvar_epi16(order(0x1303120211011000, 0x1707160615051404, 0x1b0b1a0a19091808, 0x1f0f1e0e1d0d1c0c), both);
+    return (QQ)_mm512_permutexvar_epi16(places(0x1303120211011000, 0x1707160615051404, 0x1b0b1a0a19091808, 0x1f0f1e0e1d0d1c0c), both);
 }
 #endif
 inline void part(V v, V* y) { y[0] = v; }
@@ -1065,7 +1065,7 @@ class Kernels(NamedTuple):
     direct: object = None
     direct_gradient: object = None
     order: object = None
-    halves: bool = False   # in which tiles of this kind are multiplied
+    halves: bool = False   # whether convolutions of this kind are multiplied in float16
 
 def load_kernels() -> dict:   # dtype to Kernels
     "The compiled functions; raises where they cannot be built."
