@@ -161,7 +161,7 @@ def pays(cpu:dict,   # its `abilities`
     family, _, width = parse_arch(arch)
     if family in ("mlp", "lenet"): return False
     own = kernels()
-    halves = bool(own) and own[torch.bfloat16].halves
+    halves = own is not None and own[torch.bfloat16].halves
     ours = own is not None and family in ("cifar", "wide", "vgg", *["imagenet"]*halves) and width % 1 == 0   # of multiples of 16 channels
     return multiplies_bfloat16(cpu) or bool(cpu.get("avx512_f")) and ours
 
@@ -181,7 +181,6 @@ def prepare(model, device, dtype):
             if not isinstance(m, torch.nn.Conv2d) or not m.weight.requires_grad: continue
             if m.dilation != (1, 1) or m.padding_mode != "zeros" or isinstance(m.padding, str): continue
             m._conv_forward = partial(_one_place, m)
-            if type(m) is torch.nn.Conv2d: m.forward = partial(_one_pixel, m, m.forward)
     if dtype != torch.float32: model.forward = partial(_rounded, model, device.type, dtype)
     model.prepared = str(dtype).removeprefix("torch.")
     return model
@@ -192,8 +191,6 @@ def _one_place(conv, x, weight, bias):
     if x.shape[2:] != (1, 1) or not all(meets and 0 <= more < s for meets,more,s in sizes): return type(conv)._conv_forward(conv, x, weight, bias)
     (h, w), one = conv.padding, slice(None)
     return F.conv2d(x, weight[one, one, h:h+1, w:w+1], bias, groups=conv.groups)
-
-def _one_pixel(conv, forward, x): return torch.nn.Conv2d.forward(conv, x) if x.shape[2:] == (1, 1) else forward(x)
 
 def _rounded(model, kind, dtype, x):
     "The forward pass of a network with its convolutions in `dtype`."
