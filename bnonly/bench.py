@@ -297,8 +297,9 @@ def bench(archs=ARCHS, policies=TRAINS,
     halves = {torch.float16} if default_device().type == "cpu" and kernels() and kernels()[torch.bfloat16].halves else set()
     with processes([n for n in PEERS if n != "open_lth" or open_lth], open_lth) as found:
         for a,p in product(archs, policies):
+            r = row(a, p, found, rounds)   # first, since the candidates are busy while they start
             for dtype in {torch.float32, default_dtype(default_device(), a)} | halves: best = tuple(map(max, best, rates(dtype)))   # what our kernels multiply
-            rows.append(explain(row(a, p, found, rounds), best))
+            rows.append(explain(r, best))
             say(rows[-1])
     whole = (tuple(archs), tuple(policies)) == (ARCHS, TRAINS)
     return keep("" if whole else ",".join(("", *archs, *policies)), [explain(r, best) for r in rows], gemm_flops=round(best[0]), copy_bytes=round(best[1]))
