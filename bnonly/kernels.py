@@ -1266,7 +1266,7 @@ class BNAct(torch.autograd.Function):
         x, mask, weight, bias, stats = ctx.saved_tensors
         M, C, training, relu, kernel = ctx.flags
         need_x, need_r, *needs = ctx.needs_input_grad[:4]
-        dy = _channels_last(dy, x.dtype)
+        dy, x = (_channels_last(t, x.dtype) for t in (dy, x))
         dx = torch.empty_like(x) if need_x else None
         dr = (torch.empty_like(x) if relu else dy) if need_r else None
         grads = _grads(x, *needs)
@@ -1498,10 +1498,10 @@ class Blocks(torch.autograd.Function):
     def forward(ctx, x, bns,            # of each: running mean and variance, momentum, eps
                 own, later, *params):   # of each BatchNorm weight and bias, then of each convolution the weight [C, C, 3, 3]; two are a block
         n, kept = len(bns), later and any(ctx.needs_input_grad)
-        trains = [kept and need for need in ctx.needs_input_grad[4+2*n:]]
-        convs = [w.to(x.dtype).requires_grad_(need) for w,need in zip(params[2*n:], trains)]
+        trains = ctx.needs_input_grad[4+2*n:]
+        convs = [w if w.dtype == x.dtype else w.to(x.dtype).requires_grad_(need) for w,need in zip(params[2*n:], trains)]
         z, stats, y = x.new_empty(n if kept else 2, x.numel()), x.new_empty(n, 2, x.shape[1], dtype=torch.float32), torch.empty_like(x)
-        inputs = {i: x if i == 0 else torch.empty_like(x) for i in range(n) if trains[i]}
+        inputs = {i: x if i == 0 else torch.empty_like(x) for i in range(n) if kept and trains[i]}
         masks = x.new_zeros(n//2, x.numel()//8, dtype=torch.uint8) if kept else None   # a bit for each number
         Blocks.call(own.blocks_forward, x, y, 2, convs, [(*params[2*i:2*i+2], *bn) for i,bn in enumerate(bns)], stats, z, masks, inputs)
         ctx.save_for_backward(z, masks, stats, *params[:2*n], *convs, *inputs.values())
@@ -1513,7 +1513,7 @@ class Blocks(torch.autograd.Function):
     def backward(ctx, dy):
         z, masks, stats, *rest = ctx.saved_tensors
         n, dy, needs = len(z), _channels_last(dy, z.dtype), ctx.needs_input_grad[4:]
-        affine, convs, inputs = rest[:2*n], rest[2*n:3*n], dict(zip(ctx.inputs, rest[3*n:]))
+        affine, convs, inputs = rest[:2*n], rest[2*n:3*n], {i: _channels_last(t, z.dtype) for i,t in zip(ctx.inputs, rest[3*n:])}
         dx, grads, dws = torch.empty_like(dy) if ctx.needs_input_grad[0] else None, _grads(dy, *needs[:2*n]), {i: torch.empty_like(convs[i], dtype=torch.float32) for i in inputs}
         Blocks.call(ctx.own, dy, dx, 4 if dws else 3, convs, [(*affine[2*i:2*i+2], None, None, 0, 0) for i in range(n)], stats, z, masks, inputs, grads, dws)
         return dx, *[None]*3, *grads, *(dws.get(i) for i in range(n))
@@ -1523,8 +1523,7 @@ class Blocks(torch.autograd.Function):
         n, room, layers = len(convs), reads.new_empty(more, reads.numel()), (Layer*len(convs))()
         kept, at = [_kept(transformed, w, grads is not None) for w in convs], lambda t, i: t.data_ptr() + i*t.stride(0)*t.element_size()
         for i,((u,scale),bn,s) in enumerate(zip(kept, bns, stats)):
-            x, dw = inputs.get(i) if i or dws else None, dws.get(i)
-            layers[i] = Layer(u.data_ptr(), scale, at(z, i % len(z)), _ptr(x), _ptr(dw), (L*4)(*(dw.stride() if dw is not None else ())),
+            layers[i] = Layer(u.data_ptr(), scale, at(z, i % len(z)), _ptr(inputs.get(i)), _ptr(dws.get(i)), (L*4)(*(dws[i].stride() if i in dws else ())),
                               at(masks, i//2) if i % 2 and masks is not None else None, _norm(bn, s, grads[2*i:2*i+2] if grads else (None, None)))
         kernel(reads.data_ptr(), _ptr(writes), room.data_ptr(), layers, n, *(reads.shape[i] for i in (0, 2, 3, 1)), torch.get_num_threads())
 
@@ -1576,12 +1575,12 @@ def _in_one_step(blocks, dtype, x) -> bool:
     if x.dtype != dtype or x.dim() != 4 or _has_any_global_hook(): return False
     convs, bns = [c for m in blocks for c in (m.conv1, m.conv2)], [b for m in blocks for b in (m.bn1, m.bn2)]
     if torch.is_autocast_enabled("cpu") == (dtype == torch.float32) and any(c.weight.requires_grad for c in convs): return False
-    known = lambda c: c.weight.shape[:2] == (x.shape[1],)*2 and way(dtype, c.weight, *geometry(c), images=len(x), size=x.shape[2:]) == "tiles"
+    known = lambda c: c.weight.shape[:2] == (x.shape[1],)*2 and (c.weight.dtype, c.weight.device) == (torch.float32, x.device) and way(dtype, c.weight, *geometry(c), images=len(x), size=x.shape[2:]) == "tiles"
     return all(map(known, convs)) and all(fits(x, x, (b.running_mean, b.running_var), (b.weight, b.bias), True) for b in bns)
 
 def _stage_forward(m, dtype, x):
     "The forward pass of blocks, those in one step that can be."
-    for plain,blocks in groupby(m, _plain_block):
+    for (plain,_),blocks in groupby(m, lambda b: (_plain_block(b), any(p.requires_grad for p in b.parameters()))):   # what does not train keeps nothing
         blocks = [*blocks]
         if not plain or not _in_one_step(blocks, dtype, x):
             for block in blocks: x = block(x)

@@ -516,18 +516,35 @@ def test_blocks_do_not_depend_on_threads(dtype, policy, monkeypatch):
 
 @needs_kernels
 def test_blocks_compute_what_trains_alone():
-    (x, dy), names = torch.randn(2, 4, 16, 16, 16), ("0.bn2.bias", "1.bn1.weight", "1.conv2.weight")
-    x, whole = x.contiguous(**BIG), through(accelerate(blocks(2, 16, policy="all"), torch.float32), x, dy)
-    some, none = (accelerate(blocks(2, 16, policy="all"), torch.float32) for _ in range(2))
-    for n,p in some.named_parameters(): p.requires_grad_(n in names)
-    found = dict(y=some(x))
-    found["y"].backward(dy)
-    assert in_one_step(found) and torch.equal(found["y"], whole["y"])
-    want = dict(zip([n for n,_ in blocks(2, 16).named_parameters() if "conv" in n], whole["weights"].view(4, 16, 16, 3, 3)))
-    assert {n for n,p in some.named_parameters() if p.grad is not None} == {*names}
-    assert torch.equal(some[1].conv2.weight.grad, want["1.conv2.weight"]) and some[0].bn2.bias.grad.norm() > 0 < some[1].bn1.weight.grad.norm()
+    (x, dy), names = torch.randn(2, 4, 16, 16, 16), ("0.bn2.bias", "1.bn1.weight", "0.conv1.weight", "1.conv1.weight", "2.conv2.weight")
+    x, whole = x.contiguous(**BIG), through(accelerate(blocks(3, 16, policy="all"), torch.float32), x, dy)
+    want = dict(zip([n for n,_ in blocks(3, 16).named_parameters() if "conv" in n], whole["weights"].view(6, 16, 16, 3, 3)))
+    for some in (names, names[:2], names[3:4], names[2:3]):   # what a block gives is kept for the next one's weight, or not
+        m = accelerate(blocks(3, 16, policy="all"), torch.float32)
+        for n,p in m.named_parameters(): p.requires_grad_(n in some or n.startswith("0.bn1"))
+        found = dict(y=m(x))
+        found["y"].backward(dy)
+        assert in_one_step(found) and torch.equal(found["y"], whole["y"])
+        grads = {n: p.grad for n,p in m.named_parameters() if p.grad is not None and not n.startswith("0.bn1")}
+        assert {*grads} == {*some} and all(g.norm() > 0 for g in grads.values())
+        for n in want.keys() & grads.keys(): assert (grads[n] - want[n]).norm() < 1e-4*want[n].norm()
+    none = accelerate(blocks(3, 16, policy="all"), torch.float32)
     with torch.no_grad(): assert torch.equal(none(x), whole["y"])
+    assert none[0].conv1.weight.requires_grad
     assert torch.equal(torch.cat([b.double().flatten() for b in none.buffers()]), whole["statistics"])
+    low, kept = accelerate(blocks(3, 16), torch.float32), []
+    low[0].requires_grad_(False), low[1].requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t): y = low(x)
+    assert torch.equal(y, whole["y"]) and sum(t.numel() for t in kept) < 4*x.numel()   # of one block
+
+
+@needs_kernels
+def test_what_is_kept_may_come_back_in_another_layout():
+    x, dy = torch.randn(2, 4, 16, 16, 16)
+    found = []
+    for back in (lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format)):   # as `save_on_cpu` has it
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, back): found.append(through(accelerate(blocks(2, 16, policy="all"), torch.float32), x, dy))
+    assert in_one_step(found[0]) and all(torch.equal(found[0][k], found[1][k]) for k in found[0])
 
 
 @needs_kernels
@@ -582,6 +599,9 @@ def test_blocks_leave_to_their_modules_what_those_object_to_or_are_asked():
     for wrong in (x[0], torch.randn(4, 32, 8, 8).contiguous(**BIG)):
         with pytest.raises((RuntimeError, ValueError)): fast(wrong)
     fast[0].conv1.weight = torch.nn.Parameter(torch.randn(16, 8, 3, 3).contiguous(**BIG), False)
+    with pytest.raises(RuntimeError): fast(x)
+    fast = accelerate(blocks(1, 16), torch.float32)
+    fast[0].conv2.double()
     with pytest.raises(RuntimeError): fast(x)
     seen, fast = [], accelerate(blocks(1, 16), torch.float32)
     with torch.nn.modules.module.register_module_forward_hook(lambda m, i, y: seen.append(m)): fast(x)
