@@ -95,7 +95,7 @@ def divergence(x,          # [N, channels, ...]
 
 class Standardize(Hooked, Penalty):
     "The standardization loss over every intermediate layer (Collins et al., 2019)."
-    def layers(self): return [m for m in self.model.modules() if isinstance(m, (BiasAct, nn.modules.batchnorm._NormBase))]
+    def layers(self): return [m for m in self.model.modules() if isinstance(m, (BiasAct, nn.ReLU, nn.modules.batchnorm._NormBase))]   # ReLU: MLPs without normalization
     def before_batch(self): self.inputs = []
     def enters(self, x): self.inputs.append(x)
     def value(self): return sum(map(divergence, self.inputs))
