@@ -163,9 +163,9 @@ def check_spec(spec:Spec):
     object.__setattr__(spec, "policy", "+".join(tokens))
     for name,allowed in dict(data=DATASETS, schedule=SCHEDULES, init=INITS, bn_init=BN_INITS, norm=NORMS).items():
         choose(name, getattr(spec, name), allowed)
-    flat = arch.family in ("mlp", "lenet")
-    choose(f"norm of {spec.arch}", spec.norm, [o for o in NORMS if (o in NORMS[:3] if flat else o != "affine")])
-    choose(f"act of {spec.arch}", spec.act, ACTS[:1] if flat else ACTS)
+    flat, residual = arch.family in ("mlp", "lenet"), arch.family in ("cifar", "wide", "imagenet")
+    choose(f"norm of {spec.arch}", spec.norm, [o for o in NORMS if o != "affine"] if residual else NORMS[:3] if flat else NORMS[:1])
+    choose(f"act of {spec.arch}", spec.act, ACTS if residual else ACTS[:1])
     none = spec.norm in ("none", "fixup", "fixup-open")   # no gamma to draw
     same = "all-affine" in tokens or none or spec.bn_init == "positive" and tokens.keys() & {"gamma", "all-beta"}
     if same: object.__setattr__(spec, "bn_init", Spec.bn_init if "all-affine" in tokens or none and flat else "ones")

@@ -295,10 +295,8 @@ def take_out(model:nn.Module,    # from `build`
              norm:str="batch",   # batch (nothing is taken out), none, fixup, fixup-open, single, fixup+single
              act:str="relu"      # relu, swish
             ) -> nn.Module:      # the same model, on the meta device
-    "Put other layers in the place of BatchNorm and ReLU; `ValueError` for a network that has no residual branches."
+    "Put other layers in the place of BatchNorm and ReLU."
     fixup, single, ends = "fixup" in norm, "single" in norm, [b[-1] for b in branches(model)]
-    if (norm, act) != ("batch", "relu") and not ends:
-        raise ValueError(f"norm {norm!r} with act {act!r} is for residual networks; the nearest for this one is norm 'batch', act 'relu'.")
     if single and not isinstance(model.layers[-1], BatchNormAct): model.layers.append(BatchNormAct(model.fc.in_features, relu=False))
     for name,m in list(model.named_modules()):
         new, on_shortcut = m, isinstance(model.get_submodule(name.rpartition(".")[0]), Shortcut)
