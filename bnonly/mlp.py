@@ -116,9 +116,9 @@ def depth_figure(table:pd.DataFrame,   # as `results` gives it
     if close:
         draw_lines(axes[0, 0], top, lines)
         axes[0, 0].set(ylim=(np.floor(low), np.ceil(high)), ylabel="Close-up (%)")
+    color = {l.policy: l.color for l in lines if l in LINES}
     for policy,value,where in SAID.get(width, ()):
-        color = next(l.color for l in LINES if l.policy == policy)
-        ax.axhline(value, color=color, ls="--", lw=1, alpha=.6, label=f"{value}% ({where})")
+        if policy in color: ax.axhline(value, color=color[policy], ls="--", lw=1, alpha=.6, label=f"{value}% ({where})")
     ax.set(xlabel=f"Hidden Layers of {width} Units, {table.images.iloc[0]}", xticks=DEPTHS, xlim=(1.5, 14.5))
     legend(fig, 2)
     return footnote(fig, leaps, lacks)

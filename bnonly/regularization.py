@@ -52,6 +52,7 @@ def fig_start(starts:dict   # norm to a table by number of blocks, with embeddin
              ) -> plt.Figure:
     "The embedding at the start, and how far the first step moves the output, by depth."
     fig, axes = plt.subplots(1, 2, figsize=(8, 2.8))
+    fig.suptitle("wide residual networks of half the width with ReLU, on noise, one seed", fontsize=7, color="gray")
     for ax,column,label in zip(axes, ("embedding", "change"), ("E|Emb|²/H at the start", "|change of a logit| / learning rate")):
         for norm,own in starts.items(): ax.plot(own.index, own[column], "o-", label=STARTS[norm][0], color=STARTS[norm][1])
         ax.set(yscale="log", xlabel="residual blocks", ylabel=label)
