@@ -1571,9 +1571,8 @@ def _plain_block(m) -> bool:   # in training, changing no shape, and nobody asks
     if not all(type(b) is BatchNormAct and b.training and b.relu and b.momentum is not None and b.track_running_stats for b in bns): return False
     return all(map(_ours, (*convs, *bns))) and all(map(_untouched, (m, m.downsample, *convs, *bns)))
 
-def _in_one_step(blocks, dtype, x) -> bool:
+def _in_one_step(convs, bns, dtype, x) -> bool:
     if x.dtype != dtype or x.dim() != 4 or _has_any_global_hook(): return False
-    convs, bns = [c for m in blocks for c in (m.conv1, m.conv2)], [b for m in blocks for b in (m.bn1, m.bn2)]
     if torch.is_autocast_enabled("cpu") == (dtype == torch.float32) and any(c.weight.requires_grad for c in convs): return False
     known = lambda c: c.weight.shape[:2] == (x.shape[1],)*2 and (c.weight.dtype, c.weight.device) == (torch.float32, x.device) and way(dtype, c.weight, *geometry(c), images=len(x), size=x.shape[2:]) == "tiles"
     return all(map(known, convs)) and all(fits(x, x, (b.running_mean, b.running_var), (b.weight, b.bias), True) for b in bns)
@@ -1582,10 +1581,10 @@ def _stage_forward(m, dtype, x):
     "The forward pass of blocks, those in one step that can be."
     for (plain,_),blocks in groupby(m, lambda b: (_plain_block(b), any(p.requires_grad for p in b.parameters()))):   # what does not train keeps nothing
         blocks = [*blocks]
-        if not plain or not _in_one_step(blocks, dtype, x):
+        convs, bns = ([getattr(b, n) for b in blocks for n in names] if plain else [] for names in (("conv1", "conv2"), ("bn1", "bn2")))
+        if not plain or not _in_one_step(convs, bns, dtype, x):
             for block in blocks: x = block(x)
             continue
-        convs, bns = [c for m in blocks for c in (m.conv1, m.conv2)], [b for m in blocks for b in (m.bn1, m.bn2)]
         torch._foreach_add_([b.num_batches_tracked for b in bns], 1)
         weights = [c.weight if c.weight.requires_grad else _low(c, dtype) for c in convs]
         x = Blocks.apply(x, [(b.running_mean, b.running_var, b.momentum, b.eps) for b in bns], kernels()[dtype], torch.is_grad_enabled(),
