@@ -167,6 +167,16 @@ def test_the_readme_tells_what_the_whole_schedule_gave(monkeypatch):
         assert float(number) == round(float(found.measured[claim]), 1) and found.n[claim] == "1", claim
 
 
+def test_the_readme_tells_what_mlps_reached(monkeypatch):
+    "The sentence on runs/mlp holds the ledger's numbers."
+    from bnonly.claims import HENRIKSBOE, gather, ledger
+    monkeypatch.delenv("BNONLY_RUNS")
+    found = ledger(gather("mlp"), HENRIKSBOE).set_index("id")
+    told, = re.findall(r"reaches ([\d.]+ to [\d.]+)% at 4 to 14 .*?, ([\d.]+ to [\d.]+) points above .*? LeNet-5 ([\d.]+)%", (ROOT / "README.md").read_text())
+    for number, claim in zip(told, ("mlp784-95", "mlp784-random", "lenet-bn")):
+        assert re.match(re.escape(number) + r"\b(?!\.)", found.measured[claim]) and found.n[claim] == "5", claim
+
+
 def test_the_kernels_learn_as_well_as_pytorch(monkeypatch):
     "ResNet-14, BatchNorm only, 16 epochs of CIFAR-10 (JPEG): the committed runs of both agree within one standard error, those with tiles of 4x4 in float32 within two."
     from statistics import mean, variance
