@@ -233,7 +233,8 @@ def spread(table) -> str:
     cells = list(map(shown, stats["mean"], stats.sd, stats.n))
     others = [c for c in stats if c not in ("arch", "policy", "mean", "sd", "n") and stats[c].nunique() > 1]
     wide = stats.assign(cell=cells).pivot(index=["arch", *others], columns="policy", values="cell").reset_index()
-    return table_html(wide.sort_values("arch", key=lambda c: c.map(parse_arch)).rename_axis(columns=None), "numbers")
+    rows = wide.sort_values(["arch", *others], key=lambda c: c.map(parse_arch) if c.name == "arch" else c)
+    return table_html(rows.rename_axis(columns=None), "numbers", "{:g}")   # a coefficient of 0.0001 is not 0.00
 
 # %% ../nbs/15_report.ipynb #741d842e
 def answer(comparisons,   # as `bnonly.accuracy.ordering` gives them
@@ -280,7 +281,7 @@ def recipe_html(study:str) -> str:
     rows |= {n: few({r["machine"].get(n, "") for r in sealed} - {""}) for n in ("processor", "device", "cores", "threads", "python", "torch", "fastai", "numpy", "bnonly")}
     return "<h2>Every setting, and the machine</h2>" + table_html(pd.DataFrame(rows.items(), columns=["setting", "in these runs"]))
 
-HEADLINE = "fig02", "fig01"   # the first of them that a study has opens its report; else its first figure
+HEADLINE = "fig02", "fig01", "fig_mlp3"   # the first of them that a study has opens its report; else its first figure
 
 def overview(study:str) -> str:   # HTML
     "The first page of a report."
@@ -289,9 +290,10 @@ def overview(study:str) -> str:   # HTML
     first = sorted(drawn, key=lambda f: HEADLINE.index(f.stem) if f.stem in HEADLINE else len(HEADLINE))[:1]
     hosts = sorted({f"{r['machine']['device']} ({r['machine']['processor']}, {r['dtype']})" for r in sealed})
     short = len({s.key for s in plan} - {Path(f).name for f in table.folder})
+    besides = left_out(table) if drawing(study) == drawing(MAIN) else ""   # the other papers' figures show the other recipes
     return page(f"bnonly: {study}", f"""<h1>Training only BatchNorm: the study <em>{html.escape(study)}</em></h1>
 <blockquote>{len(table)} runs on {', '.join(sorted(set(table.images)))}, {', '.join(f'{e} epochs' for e in sorted(set(table.epochs)))},
-{table.seconds.sum()/60:.0f} minutes of training on {'; '.join(hosts)}. {f'{short} planned runs are not measured.' if short else ''} {html.escape(left_out(table))}</blockquote>
+{table.seconds.sum()/60:.0f} minutes of training on {'; '.join(hosts)}. {f'{short} planned runs are not measured.' if short else ''} {html.escape(besides)}</blockquote>
 {''.join(picture(f, stand_ins(table)) for f in first)}
 <p class=noprint><a href='figures.html'>All {len(drawn)} figures</a> with their data, <a href='runs.html'>every run</a>, <a href='settings.html'>the settings</a> that made them.</p>
 <h2>Does the paper's ordering hold?</h2>{answer(ordering(table), ledger)}

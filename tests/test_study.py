@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import pandas as pd
 import pytest
 from bnonly.experiment import owner, running, runs_dir, summary
-from bnonly.report import inputs, main, pages, report, settings
+from bnonly.report import inputs, main, overview, pages, report, settings, spread
 
 ROOT = Path(__file__).parents[1]
 MINI = """[mini]   ; a small one
@@ -164,6 +164,20 @@ def test_a_report_without_its_figures_is_drawn_again():
     (folder / "figures").rmdir()
     with pytest.raises(ValueError, match="no finished run"):
         report("demo")
+
+
+def test_runs_that_differ_in_a_small_coefficient_stand_apart_in_the_table():
+    run = dict(policy="all", status="complete", norm="fixup-open", seed=0)
+    table = pd.DataFrame([run | dict(arch=a, standardize=s, accuracy=v) for a, s, v in (("resnet20", 0, 90), ("resnet8", .0001, 80), ("resnet8", 0, 70))])
+    cells = re.findall("<t[hd]>(.*?)</t[hd]>", spread(table))
+    assert cells == ["arch", "standardize", "all", "resnet8", "0", "70.0 (1)", "resnet8", "0.0001", "80.0 (1)", "resnet20", "0", "90.0 (1)"]
+
+
+@pytest.mark.parametrize("study, said", [("demo", True), ("mlp", False), ("regularization-demo", False)])
+def test_only_the_main_papers_figures_leave_runs_out(study, said):
+    "Other normalizations and coefficients are what the other papers' figures show."
+    shutil.copytree(ROOT / "runs/regularization-short", runs_dir() / study)
+    assert ("runs of another recipe" in overview(study)) == said
 
 
 def test_kill_ends_the_workers_too(tmp_path):
