@@ -129,26 +129,28 @@ def open_lth(arch, policy, x, y, folder):
 PEERS = dict(bnonly=ours, fastai=plain_fastai, torch=plain_torch, open_lth=open_lth)
 
 # %% ../nbs/05_bench.ipynb #6c09fb50
-IDEAS = ("a plain loop", "batches made on the device", "channels last", "BatchNorm, residual and ReLU in one",
-         "frozen convolutions keep only their weight", "convolutions in our kernels", "bfloat16", "freed memory kept")
+IDEAS = ("a plain loop", "batches made on the device", "channels last", "freed memory kept", "BatchNorm, residual and ReLU in one",
+         "frozen convolutions keep only their weight", "convolutions in our kernels", "blocks in one step", "bfloat16")
 
 def loop(n, arch, policy, x, y):
     "A loop with the first n ideas."
     if n == 0: return plain_torch(arch, policy, x, y)
     device = default_device()
-    dtype, model = default_dtype(device, arch) if n > 5 else torch.float32, freeze(create_model(arch), policy).to(device)
+    dtype, model = default_dtype(device, arch) if n > 7 else torch.float32, freeze(create_model(arch), policy).to(device)
     if n > 1: model = model.to(memory_format=torch.channels_last)
-    if 2 < n < 5 and kernels(): kernels()[dtype] = kernels()[dtype]._replace(winograd=None)   # in this process
-    if n > 2: accelerate(model, dtype)
-    if n == 3: [m.__dict__.pop("forward", None) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    if n > 6: keep_memory()
+    if n > 2: keep_memory()
+    if 3 < n < 6 and kernels(): kernels()[dtype] = kernels()[dtype]._replace(winograd=None)   # in this process
+    if n > 3: accelerate(model, dtype)
+    without = torch.nn.Conv2d if n == 4 else torch.nn.Sequential if n == 6 else ()
+    for m in model.modules():
+        if isinstance(m, without): m.__dict__.pop("forward", None)
     opt = torch.optim.SGD(trainable(model).values(), lr=.1, momentum=.9, weight_decay=1e-4)
     batches, _ = loaders(as_data(x, y), 128, 0, device)
     def steps(total):
         ends = []
         for a,b in islice(chain.from_iterable(repeat(batches)), total):
             opt.zero_grad()
-            with torch.autocast(device.type, dtype, enabled=n > 5): out = model(a if n > 1 else a.contiguous())
+            with torch.autocast(device.type, dtype, enabled=n > 7): out = model(a if n > 1 else a.contiguous())
             F.cross_entropy(out.float(), b).backward()
             opt.step()
             tick(ends, total)
