@@ -158,13 +158,19 @@ def test_numbers_in_the_readme_come_from_records(monkeypatch):
 
 
 def test_the_readme_tells_what_the_whole_schedule_gave(monkeypatch):
-    "The sentence on runs/paper holds the ledger's numbers."
+    "The sentence on runs/paper, and its cell of the table, hold the ledger's numbers."
     from bnonly.claims import gather, ledger
+    from bnonly.experiment import results
     monkeypatch.delenv("BNONLY_RUNS")
-    found = ledger(gather("paper")).set_index("id")
-    told, = re.findall(r"reaches ([\d.]+)%.* Of its gammas ([\d.]+)% .* moves by ([\d.]+) points.* ([\d.]+)% of its ReLUs", (ROOT / "README.md").read_text())
-    for number, claim in zip(told, ("r14-bn-acc", "disabled-third", "clamp01-bn", "silent-bn")):
-        assert float(number) == round(float(found.measured[claim]), 1) and found.n[claim] == "1", claim
+    found, readme, reached = ledger(gather("paper")).set_index("id"), (ROOT / "README.md").read_text(), results("paper").accuracy
+    told, = re.findall(r"reaches ([\d.]+) ± [\d.]+%.* Of its gammas ([\d.]+)% .* ([\d.]+)% of its ReLUs", readme)
+    for number, claim in zip(told, ("r14-bn-acc", "disabled-third", "silent-bn")):
+        assert float(number) == float(found.measured[claim].split()[0]) and found.n[claim] == "3", claim
+    mean, error = re.findall(r"[\d.]+", found.measured["clamp01-bn"])[:2]
+    within, = re.findall(r"within ([\d.]+) points", readme)
+    assert float(within) == round(float(mean) + float(error), 1)
+    assert re.findall(r"n = (\d) .*ResNet-14 \| bn \| [^|]+\| 4 \| ([^|]+) \|", readme, re.S) == [("3", f"{reached.mean():.1f} ± {reached.std():.1f}")]
+    assert f"reaches {reached.mean():.1f} ± {reached.std():.1f}%" in readme
 
 
 def test_the_readme_tells_what_mlps_reached(monkeypatch):
