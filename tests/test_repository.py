@@ -178,11 +178,11 @@ def test_the_readme_tells_what_mlps_reached(monkeypatch):
     from bnonly.claims import HENRIKSBOE, gather, ledger
     from bnonly.experiment import results
     monkeypatch.delenv("BNONLY_RUNS")
-    found = ledger(gather("mlp"), HENRIKSBOE).set_index("id")
-    told, = re.findall(r"reaches ([\d.]+ to [\d.]+)% at 4 to 14 .*?, ([\d.]+ to [\d.]+) points above .*? LeNet-5 ([\d.]+)%", (ROOT / "README.md").read_text())
+    found, readme = ledger(gather("mlp"), HENRIKSBOE).set_index("id"), (ROOT / "README.md").read_text()
+    told, = re.findall(r"reaches ([\d.]+ to [\d.]+)% at 4 to 14 .*?, ([\d.]+ to [\d.]+) points above .*? LeNet-5 ([\d.]+)%", readme)
     for number, claim in zip(told, ("mlp784-95", "mlp784-random", "lenet-bn")):
         assert re.match(re.escape(number) + r"\b(?!\.)", found.measured[claim]) and found.n[claim] == "5", claim
-    left, whole = map(float, *re.findall(r"only ([\d.]+) of ([\d.]+) points are left", (ROOT / "README.md").read_text()))
+    left, whole = map(float, *re.findall(r"only ([\d.]+) of ([\d.]+) points are left", readme))
     mean = results("mlp").query("arch == 'mlp4-784'").groupby(["policy", "norm"]).accuracy.mean()
     bn, normalized, plain = mean["gamma", "batch"], mean["scattered1", "batch"], mean["scattered1", "none"]
     assert (left, whole) == (round(bn - plain, 1), round(bn - normalized, 1))
