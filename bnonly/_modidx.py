@@ -244,6 +244,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'bnonly.data.open_image': ('data.html#open_image', 'bnonly/data.py'),
                              'bnonly.data.own_part': ('data.html#own_part', 'bnonly/data.py'),
                              'bnonly.data.read_batches': ('data.html#read_batches', 'bnonly/data.py'),
+                             'bnonly.data.read_binary': ('data.html#read_binary', 'bnonly/data.py'),
                              'bnonly.data.read_cache': ('data.html#read_cache', 'bnonly/data.py'),
                              'bnonly.data.read_idx': ('data.html#read_idx', 'bnonly/data.py'),
                              'bnonly.data.read_mat': ('data.html#read_mat', 'bnonly/data.py'),

@@ -286,6 +286,57 @@ def test_packed_batches(batches, monkeypatch, tmp_path_factory):
     assert load_data("cifar10", folder).digest == load_data("cifar10", batches).digest
 
 
+@pytest.fixture
+def binary(tmp_path_factory, monkeypatch):
+    "The same images as the binary version has them, with their checksums in place of the published ones."
+    folder = tmp_path_factory.mktemp("binary")/"cifar-10-batches-bin"
+    folder.mkdir()
+    for k, name in enumerate(data.CIFAR10_MD5, 1):
+        rows = [bytes([y]) + image((k, y)).transpose(2, 0, 1).tobytes() for y in range(10)]
+        (folder/name).write_bytes(b"".join(rows))
+    (folder/"batches.meta.txt").write_text("\n".join(CIFAR10))
+    monkeypatch.setattr(data, "CIFAR10_MD5", {n: hashlib.md5((folder/n).read_bytes()).hexdigest() for n in data.CIFAR10_MD5})
+    return folder
+
+
+def test_the_binary_version_has_the_same_images_in_the_same_order(binary, batches):
+    one, two = load_data("cifar10", binary.parent), load_data("cifar10", batches)
+    assert (one.label, one.digest) == (two.label, two.digest) == ("CIFAR-10", one.digest) and one.train.x.equal(two.train.x)
+    assert load_data("cifar10", binary).digest == one.digest   # the data set's own folder is taken too
+
+
+@pytest.mark.parametrize("name", [*data.CIFAR10_MD5])
+def test_a_binary_file_is_held_to_its_checksum(binary, name):
+    content = (binary/name).read_bytes()
+    (binary/name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refuses("cifar10", binary.parent, f"{name} of", "published checksum", "not read")
+    (binary/name).unlink()
+    refuses("cifar10", binary.parent, f"has no {name}")
+
+
+def test_the_binary_archive_is_read_packed(binary, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    with tarfile.open(folder/"cifar-10-binary.tar.gz", "w:gz") as tar: tar.add(binary, "cifar-10-batches-bin")
+    assert load_data("cifar10", folder).digest == load_data("cifar10", binary.parent).digest
+    assert [f.name for f in folder.iterdir() if f.name != "cache"] == ["cifar-10-binary.tar.gz"]
+
+
+def test_the_original_comes_before_a_copy(binary, tree):
+    with warnings.catch_warnings(action="ignore"): copy = load_data("cifar10", tree)
+    data.save_cache(copy, tree/"cifar10")
+    binary.rename(tree/"cifar-10-batches-bin")
+    assert load_data("cifar10", tree).digest != copy.digest
+
+
+def test_the_published_files_are_cifar10():
+    "Where $BNONLY_DATA has the binary version: 6,000 images a class, and the first image's label."
+    folder = Path(os.environ.get("BNONLY_DATA") or "~/.cache/bnonly").expanduser()/"cifar-10-batches-bin"
+    if not folder.exists(): pytest.skip(f"{folder} is not there")
+    label, train, test = data.read_binary(data.tree_files(folder), folder)
+    assert (label, len(train), len(test), int(train.y[0]), int(test.y[0])) == ("CIFAR-10", 50_000, 10_000, 6, 3)
+    assert (train.y.bincount() + test.y.bincount()).tolist() == [6000]*10
+
+
 # -------- cache and download
 
 def test_the_cache_comes_first(tree):
@@ -371,9 +422,9 @@ def test_offline_says_where_and_what(tmp_path, monkeypatch):
 
 def test_the_addresses_are_the_libraries_own(monkeypatch):
     monkeypatch.undo()
-    (fastai, name, _), (original, _, whole) = data.downloads()
-    assert fastai.endswith("/cifar10.tgz") and name == "cifar10.tgz" and original == datasets.CIFAR10.url
-    assert not whole(Path(__file__))
+    (binary, name, _), (original, _, whole), (fastai, _, _) = data.downloads()
+    assert fastai.endswith("/cifar10.tgz") and original == datasets.CIFAR10.url and not whole(Path(__file__))
+    assert name == "cifar-10-binary.tar.gz" and binary == original.replace("python", "binary")
 
 
 # -------- CIFAR-10.1, MNIST, ImageNet
