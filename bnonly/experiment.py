@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_DEPTHS', 'VGG_DEPTHS', 'EFFICIENTNETS', 'ARCHS', 'ALONE', 'TOKENS', 'INITS', 'BN_INITS', 'DATASETS',
-           'SCHEDULES', 'NORMS', 'ACTS', 'BEAT', 'STALE', 'nearest', 'choose', 'Arch', 'parse_arch', 'parse_policy',
-           'Spec', 'check_spec', 'parameters', 'key', 'stream', 'root', 'runs_dir', 'run_dir', 'write', 'unwritable',
-           'seal', 'BrokenRecord', 'load_record', 'claims', 'here', 'running', 'owner', 'void', 'Claim', 'records',
-           'results', 'history', 'summary', 'presets', 'preset', 'incomplete']
+           'SCHEDULES', 'NORMS', 'ACTS', 'DECAYS', 'BEAT', 'STALE', 'nearest', 'choose', 'Arch', 'parse_arch',
+           'parse_policy', 'Spec', 'check_spec', 'parameters', 'key', 'stream', 'root', 'runs_dir', 'run_dir', 'write',
+           'unwritable', 'seal', 'BrokenRecord', 'load_record', 'claims', 'here', 'running', 'owner', 'void', 'Claim',
+           'records', 'results', 'history', 'summary', 'presets', 'preset', 'incomplete']
 
 # %% ../nbs/00_experiment.ipynb #b2f6664a
 import _thread, ast, hashlib, json, os, platform, re, tempfile, threading, time, warnings
@@ -112,6 +112,7 @@ DATASETS  = "digits", "cifar10", "cifar10.1", "cifar10-c", "mnist", "svhn", "ima
 SCHEDULES = "step", "imagenet", "cosine", "constant"
 NORMS     = "batch", "none", "affine", "fixup", "fixup-open", "single", "fixup+single"
 ACTS      = "relu", "swish"
+DECAYS    = "all", "gamma", "beta"
 
 # %% ../nbs/00_experiment.ipynb #70a18cbc
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Spec:
     lr: float = 0.1               # learning rate before its first drop
     momentum: float = 0.9         # of SGD
     weight_decay: float = 1e-4    # coupled L2 on every number that trains, BatchNorm included
+    decay: str = "all"            # which of gamma and beta it acts on: all (both), gamma, beta; other weights always decay
     schedule: str = "step"        # of the learning rate: step (a tenth at 1/2 and 3/4), imagenet, cosine, constant
     init: str = "he_normal"       # of the features: he_normal, he_uniform, binary, orthogonal
     bn_init: str = "uniform"      # of gamma, beta: uniform, ones, symmetric, positive
@@ -161,7 +163,7 @@ def check_spec(spec:Spec):
         object.__setattr__(spec, "arch", f"resnet{arch.depth}" if plain else f"wrn{arch.depth}-{arch.width:g}")
     tokens = dict.fromkeys(f"{'bn' if t == 'norm' else t}{k or ''}" for t,k in policy)
     object.__setattr__(spec, "policy", "+".join(tokens))
-    for name,allowed in dict(data=DATASETS, schedule=SCHEDULES, init=INITS, bn_init=BN_INITS, norm=NORMS).items():
+    for name,allowed in dict(data=DATASETS, schedule=SCHEDULES, init=INITS, bn_init=BN_INITS, norm=NORMS, decay=DECAYS).items():
         choose(name, getattr(spec, name), allowed)
     flat, residual = arch.family in ("mlp", "lenet"), arch.family in ("cifar", "wide", "imagenet")
     choose(f"norm of {spec.arch}", spec.norm, [o for o in NORMS if o != "affine"] if residual else NORMS[:3] if flat else NORMS[:1])
@@ -169,6 +171,7 @@ def check_spec(spec:Spec):
     none = spec.norm in ("none", "fixup", "fixup-open")   # no gamma to draw
     same = "all-affine" in tokens or none or spec.bn_init == "positive" and tokens.keys() & {"gamma", "all-beta"}
     if same: object.__setattr__(spec, "bn_init", Spec.bn_init if "all-affine" in tokens or none and flat else "ones")
+    if not spec.weight_decay or {"all-affine", "none"} & tokens.keys(): object.__setattr__(spec, "decay", Spec.decay)   # nothing to exempt
     for name,(low,high) in _RANGES.items():
         value = getattr(spec, name)
         if not low <= value <= high:

@@ -9,7 +9,8 @@ import torch
 from bnonly import features
 from bnonly.data import load_data, loaders
 from bnonly.experiment import Spec, load_record, run_dir, write
-from bnonly.features import OWN, SEEN, Zeros, affine, analyse, channels, clamp, clamped, clamping, correct, kept, norms, restore
+from bnonly.features import OWN, SEEN, analyse, channels, clamp, clamped, clamping, correct, kept, restore
+from bnonly.norms import ZeroCounter, affine_table, norms
 from bnonly.models import BatchNormAct, create_model
 from bnonly.train import fit, learner
 
@@ -31,7 +32,7 @@ def study():
 
 
 def rates(model, batches):
-    zeros = Zeros(model)
+    zeros = ZeroCounter(model)
     correct(model, [(x, torch.zeros(len(x), dtype=torch.int64)) for x in batches])
     return zeros.rates()
 
@@ -48,13 +49,13 @@ def test_roles_say_what_follows_a_normalization(model):
     "ResNet-8 has a stem, three blocks of two, and two shortcuts that change the shape."
     assert [m for m, role in norms(model).items() if role == 2] == [model.layers[i][0].downsample[1] for i in (1, 2)]
     assert [m for m, role in norms(model).items() if role == 1] == [model.layers[i][0].bn2 for i in range(3)]
-    role = affine(model)["role"]
+    role = affine_table(model)["role"]
     assert np.bincount(role).tolist() == [16 + 16 + 32 + 64, 16 + 32 + 64, 32 + 64]
 
 
 def test_channels_of_every_normalization_are_there():
     for arch, expected in dict(resnet14=560, vgg11=2752, resnet50=26_560).items():   # half of Table 1's and C.1's counts
-        assert len(affine(create_model(arch, 10))["gamma"]) == expected
+        assert len(affine_table(create_model(arch, 10))["gamma"]) == expected
 
 
 def test_a_relu_that_is_silent_and_one_that_is_always_on(model):
@@ -71,13 +72,13 @@ def test_a_shortcut_keeps_a_clamped_channel_alive(model):
     with torch.no_grad():
         model.bn1.weight.zero_(), model.bn1.bias.fill_(1.)       # what the shortcut brings: 1 everywhere
         first.bn2.weight.zero_(), first.bn2.bias.fill_(-.5)      # silent, were it not for the shortcut
-    own = affine(model)
+    own = affine_table(model)
     assert (rates(model, [IMAGES])[own["layer"] == 2] == 0).all()
 
 
 def test_a_rate_is_a_share_of_all_images_and_positions():
     layer = BatchNormAct(2).eval()
-    zeros = Zeros(layer)
+    zeros = ZeroCounter(layer)
     x = torch.ones(3, 2, 2, 2)
     x[0, 0, 0, 0] = x[2, 0, 1, 1] = -1      # 2 of 12 values of the first channel
     x[:, 1, 0] = 0                          # 6 of 12 of the second: zero counts, not only what is below
@@ -87,7 +88,7 @@ def test_a_rate_is_a_share_of_all_images_and_positions():
 
 def test_without_a_relu_there_is_no_rate(model):
     found = rates(model, [IMAGES])
-    assert (np.isnan(found) == (affine(model)["role"] == 2)).all()
+    assert (np.isnan(found) == (affine_table(model)["role"] == 2)).all()
 
 
 def test_streaming_equals_one_big_batch(model):
@@ -99,7 +100,7 @@ def test_streaming_equals_one_big_batch(model):
 
 def test_counting_holds_no_more_for_more_images(model):
     "One integer a channel, however many images went by; and the hooks are gone afterwards."
-    zeros = Zeros(model)
+    zeros = ZeroCounter(model)
     for _ in range(3):
         model(IMAGES)
     assert all(zeros.zeros[m].shape == (m.num_features,) for m in zeros.zeros if m.relu)
@@ -110,7 +111,7 @@ def test_counting_holds_no_more_for_more_images(model):
 
 
 def test_clamping_changes_no_logit_where_the_small_gammas_are_zero_already(model):
-    n = len(affine(model)["gamma"])
+    n = len(affine_table(model)["gamma"])
     put(model, torch.where(torch.arange(n) % 4 == 0, 0., .5))
     with torch.no_grad():
         before = model(IMAGES)
@@ -118,23 +119,23 @@ def test_clamping_changes_no_logit_where_the_small_gammas_are_zero_already(model
 
 
 def test_clamping_changes_logits_where_small_gammas_matter(model):
-    n = len(affine(model)["gamma"])
+    n = len(affine_table(model)["gamma"])
     put(model, torch.where(torch.arange(n) % 4 == 0, .05, .5))
     with torch.no_grad():
         before = model(IMAGES)
         assert torch.equal(clamp(model, .04) and model(IMAGES), before)          # nothing is below 0.04
         assert not torch.equal(clamp(model, .06) and model(IMAGES), before)
-    assert (affine(model)["gamma"] == 0).mean() == .25
+    assert (affine_table(model)["gamma"] == 0).mean() == .25
 
 
 def test_clamping_looks_at_the_size_and_not_at_the_sign(model):
-    put(model, torch.where(torch.arange(len(affine(model)["gamma"])) % 2 == 0, -.5, .05))
-    assert set(affine(clamp(model, .1))["gamma"].tolist()) == {-.5, 0.}
+    put(model, torch.where(torch.arange(len(affine_table(model)["gamma"])) % 2 == 0, -.5, .05))
+    assert set(affine_table(clamp(model, .1))["gamma"].tolist()) == {-.5, 0.}
 
 
 def test_clamping_counts_by_arithmetic(model):
     "A known share of gammas below each threshold, and passes over the images only where something is clamped."
-    n = len(affine(model)["gamma"])                       # 336
+    n = len(affine_table(model)["gamma"])                       # 336
     gammas = np.full(n, 1.)
     gammas[:84], gammas[84:126], gammas[126:168] = 0, -.02, .07
     put(model, gammas)

@@ -32,13 +32,23 @@ def modules():
     return found
 
 
+def imported(module):
+    "The modules of this package that one imports, wherever in it."
+    tree = ast.walk(ast.parse((ROOT / f"bnonly/{module}.py").read_text()))
+    found = [node.module or "" for node in tree if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("bnonly"))]
+    return {name.removeprefix("bnonly.") for name in found}
+
+
+def level(module):
+    "The number of a module's notebook; a plain module stands just above the highest one that it imports."
+    numbers = modules()
+    return numbers[module] if module in numbers else max(map(level, imported(module)), default=-1) + .5
+
+
 @pytest.mark.parametrize("module", modules())
 def test_imports_point_only_to_lower_numbers(module):
-    number = modules()
-    for node in ast.walk(ast.parse((ROOT / f"bnonly/{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("bnonly")):
-            other = (node.module or "").removeprefix("bnonly.")
-            assert number[other] < number[module], f"{module} imports {other}"
+    for other in imported(module):
+        assert level(other) < level(module), f"{module} imports {other}"
 
 
 def loaded(code):
@@ -89,7 +99,7 @@ def test_parameters_of_04_train_are_the_spec():
 def test_defaults_of_the_spec_never_change():
     "A run is named by what differs from these, so another default would rename finished runs."
     then = dict(arch="resnet14", policy="bn", data="digits", seed=0, epochs=40, batch_size=128, lr=.1, momentum=.9,
-                weight_decay=1e-4, schedule="step", init="he_normal", bn_init="uniform", norm="batch", patience=0,
+                weight_decay=1e-4, decay="all", schedule="step", init="he_normal", bn_init="uniform", norm="batch", patience=0,
                 act="relu", embedding_l2=0., functional_l2=0., standardize=0., dropout=0.)
     assert {f.name: f.default for f in fields(Spec)} == then
 

@@ -6,17 +6,22 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
-from bnonly.data import describe, load_data
+from bnonly import train
+from bnonly.data import describe, load_data, loaders
 from bnonly.experiment import BrokenRecord, Spec, load_record, results, run_dir
 from bnonly.features import restore
 from bnonly.kernels import Kernels, kernels
 from bnonly.models import FixupConv
+from bnonly.norms import affine_table, zero_rates
 from bnonly.policies import RandomEntries
-from bnonly.train import Run, fit, learner, pays, prepare, read_state, save_state
+from bnonly.train import Run, fit, learner, pays, prepare, read_state, save_state, trajectory
 from fastai.callback.core import Callback
 
 ROOT = Path(__file__).parents[1]
@@ -353,3 +358,64 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_trained(mon
     monkeypatch.setenv("BNONLY_RUNS", "/proc/runs")
     with pytest.raises(OSError, match="/proc/runs/.* could not be written .*; free space or set BNONLY_RUNS"):
         fit(TINY)
+
+
+@pytest.mark.parametrize("decay, decays", [("all", {"weight", "bias"}), ("gamma", {"weight"}), ("beta", {"bias"})])
+def test_weight_decay_may_spare_gamma_or_beta(decay, decays):
+    "With a learning rate and no gradient, one step shrinks exactly what decays."
+    spec = Spec(arch="resnet8", policy="bn", decay=decay, weight_decay=.1, lr=1.)
+    learn = learner(spec)
+    learn.create_opt()
+    learn.opt.set_hyper("lr", 1.)
+    params = {n: p for n, p in learn.model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for p in params.values(): p.fill_(1.)
+    for p in params.values(): p.grad = torch.zeros_like(p)
+    learn.opt.step()
+    assert {n.rpartition(".")[2] for n, p in params.items() if (p < 1).all()} == decays
+    assert all((p == 1).all() or (p < 1).all() for p in params.values())
+
+
+def test_decay_has_one_name_where_there_is_nothing_to_spare():
+    assert Spec(decay="beta", weight_decay=0.).key == Spec(weight_decay=0.).key and "decay=beta" in Spec(decay="beta").key
+    assert Spec(decay="beta", policy="all-affine").decay == "all"
+    with pytest.raises(ValueError, match="decay 'gama' is not one of all, gamma, beta; the nearest is 'gamma'"): Spec(decay="gama")
+
+
+def test_a_run_keeps_what_its_channels_became_and_goes_on_with_it():
+    "Twenty looks or one an epoch, the last of them what was trained; the same when it was stopped in between."
+    spec = Spec(arch="resnet8", epochs=3)
+    whole = fit(spec, "whole")
+    assert whole["files"].keys() == {"metrics.csv", "moved.safetensors", "trajectory.safetensors"}
+    kept = safetensors.torch.load_file(run_dir(spec, "whole")/"trajectory.safetensors")
+    assert kept["epoch"].tolist() == [0, 1, 2, 3] and kept["zero"].shape == kept["gamma"].shape == kept["beta"].shape
+    model, digits = restore(spec, "whole"), load_data("digits")
+    assert torch.equal(kept["gamma"][-1], torch.from_numpy(affine_table(model)["gamma"]).half())
+    assert np.allclose(kept["zero"][-1], zero_rates(model, loaders(digits, 500)[1]), atol=2e-3, equal_nan=True)
+    with pytest.raises(KeyboardInterrupt): fit(spec, "parts", cbs=[Stop(2)])
+    parts = fit(spec, "parts")
+    assert parts["files"]["trajectory.safetensors"] == whole["files"]["trajectory.safetensors"]
+    assert "trajectory.safetensors" not in fit(replace(spec, policy="output", epochs=1))["files"]
+
+
+def test_a_look_at_every_twentieth_of_a_long_run(tmp_path):
+    looks, = trajectory(Spec(epochs=160), load_data("digits"), tmp_path, torch.device("cpu"))
+    looks.learn, seen = SimpleNamespace(n_epoch=160), []
+    looks.look = seen.append
+    for looks.learn.epoch in range(160): looks.after_epoch()
+    assert seen == [*range(8, 161, 8)]
+
+
+def test_a_record_says_what_it_was_computed_with():
+    record = fit(Spec(arch="resnet8", epochs=1))
+    assert record["machine"]["instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert record["machine"]["kernels"] in ("fused", "plain") and "earlier_machines" not in record
+
+
+def test_a_record_names_the_machines_of_all_its_parts(monkeypatch):
+    spec = Spec(arch="resnet8", epochs=2)
+    with monkeypatch.context() as m:
+        m.setattr(train, "machine", lambda device, real=train.machine: dict(real(device), processor="another"))
+        with pytest.raises(KeyboardInterrupt): fit(spec, cbs=[Stop(1)])
+    record = fit(spec)
+    assert [m["processor"] for m in record["earlier_machines"]] == ["another"] != [record["machine"]["processor"]]
