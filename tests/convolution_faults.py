@@ -1,0 +1,189 @@
+"""Search convolutions on a CPU for wrong numbers and for writes outside of their memory: python tests/convolution_faults.py --help
+
+Numbers are small integers, so that float32 has to be exact. The memory of tensors and of oneDNN is surrounded by guard bytes
+and filled with NaNs (`guarded_malloc.c`, preloaded), so that a write outside and a number nobody wrote show. Cases of one
+instruction set run in a process of their own; one that crashes or hangs names its case, and the search goes on behind it.
+"""
+import argparse
+import collections
+import ctypes
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from queue import Empty, Queue
+
+import torch
+import torch.nn.functional as F
+
+# What oneDNN and PyTorch may use: ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY. `native` is all the processor has.
+SETS = {"sse41": ("SSE41", "default"), "avx": ("AVX", "default"), "avx2": ("AVX2", "avx2"), "avx2_vnni": ("AVX2_VNNI", "avx2"),
+        "avx2_vnni_2": ("AVX2_VNNI_2", "avx2"), "avx512": ("AVX512_CORE", "avx512"), "avx512_vnni": ("AVX512_CORE_VNNI", "avx512"),
+        "avx512_bf16": ("AVX512_CORE_BF16", "avx512"), "native": ("DEFAULT", ""), "native_avx2": ("DEFAULT", "avx2"),
+        "native_default": ("DEFAULT", "default")}
+CHANNELS = 1, 2, 3, 4, 5, 6, 7, 8, 12, 15, 16, 17, 24, 32, 48, 64
+SIZES = 1, 2, 3, 4, 5, 7, 8, 13, 16, 32
+BATCHES = 1, 2, 3, 7, 16, 80, 128
+LAYOUTS = {"last": torch.channels_last, "first": torch.contiguous_format}
+PASSES = "forward", "input", "weight", "bias"
+PATIENCE = 60     # seconds after which a case counts as hanging
+Case = collections.namedtuple("Case", "n c o k stride pad h w groups dtype layout weights grad bias threads", defaults=(
+    1, "float32", "last", "last", "dense", False, 1))   # the layouts of the images, of the weight, and of the gradient that comes in
+
+
+def valid(case, most=2e7):
+    "Whether a case has an output, and is small enough to be computed in float64."
+    rows, cols = ((n + 2*case.pad - case.k)//case.stride + 1 for n in (case.h, case.w))
+    divides = case.c % case.groups == 0 and case.o % case.groups == 0
+    return rows > 0 and cols > 0 and divides and case.n*case.c*case.o*rows*cols*case.k**2/case.groups <= most
+
+
+def sample(count, seed):
+    "Random cases; every value of one property meets every value of another after some thousands."
+    draw, cases = random.Random(seed), []
+    while len(cases) < count:
+        c, o, k, size = draw.choice(CHANNELS), draw.choice(CHANNELS), draw.choice((1, 3, 5, 7)), draw.choice(SIZES)
+        groups = c if draw.random() < .15 else 1
+        case = Case(draw.choice(BATCHES), c, c if groups > 1 else o, k, draw.choice((1, 2)), draw.choice((0, k//2)), size,
+                    size if draw.random() < .85 else draw.choice(SIZES), groups, draw.choice(("float32", "bfloat16")),
+                    *(draw.choice(("last", "last", "first")) for _ in range(2)), draw.choice(("dense", "first", "expanded")),
+                    draw.random() < .3, draw.choice((1, 2, 3, 8)))
+        if valid(case): cases.append(case)
+    return cases
+
+
+def tensors(case):
+    "Image, weight, bias and the gradient that comes in: small integers, the same for the same case."
+    g = torch.Generator().manual_seed(0)
+    ints = lambda *shape: torch.randint(-3, 4, shape, generator=g).to(getattr(torch, case.dtype))
+    laid = lambda t, how: t.contiguous(memory_format=LAYOUTS[how])
+    x, w = laid(ints(case.n, case.c, case.h, case.w), case.layout), laid(ints(case.o, case.c//case.groups, case.k, case.k), case.weights)
+    rows, cols = ((n + 2*case.pad - case.k)//case.stride + 1 for n in (case.h, case.w))
+    if case.grad == "expanded": dy = ints(case.n, case.o, 1, 1).expand(-1, -1, rows, cols)
+    else: dy = laid(ints(case.n, case.o, rows, cols), "first" if case.grad == "first" else case.layout)
+    return x, w, ints(case.o) if case.bias else None, dy
+
+
+def passes(convolution, case, x, w, b, dy, said=lambda name: None):
+    "The output and the gradients, each computed alone; `said` is called behind each."
+    x, w, b = (t if t is None else t.detach().requires_grad_() for t in (x, w, b))
+    y = convolution(x, w, bias=b, stride=case.stride, padding=case.pad, groups=case.groups)
+    results = {"forward": y.detach()}
+    said("forward")
+    for name, t in zip(PASSES[1:], (x, w, b)):
+        if t is None: continue
+        results[name] = torch.autograd.grad(y, t, dy, retain_graph=True)[0]
+        said(name)
+    return results
+
+
+def exact(case, x, w, b, dy):
+    "The same in float64, in contiguous memory, where PyTorch asks nothing of oneDNN; and the sums of absolute values."
+    double = [t if t is None else t.double().contiguous() for t in (x, w, b, dy)]
+    whole, size = passes(F.conv2d, case, *double), passes(F.conv2d, case, *(t if t is None else t.abs() for t in double))
+    return {name: (whole[name], size[name]) for name in whole}
+
+
+def judge(got, exact, size):
+    "What is wrong with a result: '', 'unwritten' (a NaN), 'wrong', or 'rounded' where bfloat16 was also summed up."
+    if not got.isfinite().all(): return "unwritten"
+    if got.shape != exact.shape: return "wrong"
+    error = (got.double() - exact).abs()
+    if got.dtype == torch.float32: return "wrong" if error.any() else ""
+    if (error <= 2**-8*exact.abs()).all(): return ""
+    return "rounded" if (error <= 2**-5*size).all() and error.norm() <= .02*size.norm() else "wrong"
+
+
+def run(convolution, case, guard, repeats=2):
+    "The faults of a case: [pass, kind, how many bytes outside]."
+    far, faults = ctypes.c_long(), []
+    torch.set_num_threads(case.threads)
+    inputs = tensors(case)
+    before = [t if t is None else t.clone() for t in inputs]
+    right = exact(case, *inputs)
+    guard.overruns(ctypes.byref(far))
+
+    def said(name):
+        if guard.overruns(ctypes.byref(far)): faults.append((name, "outside", far.value))
+    for _ in range(repeats):
+        try: results = passes(convolution, case, *inputs, said)
+        except RuntimeError as e: return [["?", f"error: {e}"[:120], 0]]
+        for name, got in results.items():
+            if kind := judge(got, *right[name]): faults.append((name, kind, 0))
+    if any(t is not None and not torch.equal(t, b) for t, b in zip(inputs, before)): faults.append(("?", "inputs changed", 0))
+    return sorted({(p, kind): [p, kind, far] for p, kind, far in faults}.values())
+
+
+def work(through):
+    "Run the cases that come in, one a line, and say what becomes of each."
+    module, name = through.split(":")
+    convolution, guard = getattr(importlib.import_module(module), name), ctypes.CDLL(None)
+    for line in sys.stdin:
+        print(json.dumps(run(convolution, Case(*json.loads(line)), guard)), flush=True)
+
+
+def compiled(folder):
+    "The guarding library, compiled."
+    library = Path(folder)/"guarded_malloc.so"
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", Path(__file__).with_name("guarded_malloc.c"), "-o", library], check=True)
+    return library
+
+
+def environment(isa, library):
+    "What holds a process to an instruction set, and guards its memory."
+    most, capability = SETS[isa]
+    kept = {k: v for k, v in os.environ.items() if k not in ("ATEN_CPU_CAPABILITY", "LD_PRELOAD")}
+    kept |= {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+    return kept | dict(ONEDNN_MAX_CPU_ISA=most, LD_PRELOAD=str(library), OMP_WAIT_POLICY="passive")
+
+
+def search(cases, isa, through, library):
+    "The faults of all cases: a list of (case, [[pass, kind, bytes outside]])."
+    found, left = [], list(cases)
+    while left:
+        worker = subprocess.Popen([sys.executable, __file__, "--worker", "--through", through], stdin=subprocess.PIPE, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(isa, library))
+        answers = Queue()
+        threading.Thread(target=lambda: [*map(answers.put, worker.stdout), answers.put("")], daemon=True).start()
+        while left:
+            case, answer = left.pop(0), None
+            try:
+                print(json.dumps(case), file=worker.stdin, flush=True)
+                answer = answers.get(timeout=PATIENCE)
+            except (Empty, BrokenPipeError): pass
+            if not answer:
+                worker.kill() if worker.poll() is None and answer is None else None
+                found.append((case, [["?", "hang" if answer is None else f"crash {worker.wait()}", 0]]))
+                break
+            if faults := json.loads(answer): found.append((case, faults))
+        worker.stdin.close() if not left and worker.poll() is None else worker.kill()
+        worker.wait()
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("--cases", type=int, default=300, help="of each instruction set")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--isa", nargs="+", choices=SETS, default=[*SETS])
+    parser.add_argument("--through", default="torch.nn.functional:conv2d", help="module:function(x, weight, bias=, stride=, padding=, groups=)")
+    parser.add_argument("--json", type=Path, help="where to write all faults")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker: return work(args.through)
+    told = {}
+    with tempfile.TemporaryDirectory() as folder:
+        library = compiled(folder)
+        for isa in args.isa:
+            told[isa] = search(sample(args.cases, args.seed), isa, args.through, library)
+            kinds = collections.Counter((p, kind) for _, faults in told[isa] for p, kind, _ in faults)
+            print(f"{isa}: {args.cases} cases,", ", ".join(f"{p} {kind}: {n}" for (p, kind), n in sorted(kinds.items())) or "no fault", flush=True)
+    if args.json: args.json.write_text(json.dumps({isa: [(c._asdict(), f) for c, f in found] for isa, found in told.items()}))
+
+
+if __name__ == "__main__": main()
