@@ -31,7 +31,6 @@ SIZES = 1, 2, 3, 4, 5, 7, 8, 13, 16, 32
 BATCHES = 1, 2, 3, 7, 16, 80, 128
 LAYOUTS = {"last": torch.channels_last, "first": torch.contiguous_format}
 PASSES = "forward", "input", "weight", "bias"
-PATIENCE = 60     # seconds after which a case counts as hanging
 Case = collections.namedtuple("Case", "n c o k stride pad h w groups dtype layout weights grad bias threads", defaults=(
     1, "float32", "last", "last", "dense", False, 1))   # the layouts of the images, of the weight, and of the gradient that comes in
 
@@ -103,6 +102,7 @@ def run(convolution, case, guard, repeats=2):
     "The faults of a case: [pass, kind, how many bytes outside]."
     far, faults = ctypes.c_long(), []
     torch.set_num_threads(case.threads)
+    guard.begin()
     inputs = tensors(case)
     before = [t if t is None else t.clone() for t in inputs]
     right = exact(case, *inputs)
@@ -123,6 +123,7 @@ def work(through):
     "Run the cases that come in, one a line, and say what becomes of each."
     module, name = through.split(":")
     convolution, guard = getattr(importlib.import_module(module), name), ctypes.CDLL(None)
+    print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(run(convolution, Case(*json.loads(line)), guard)), flush=True)
 
@@ -142,26 +143,33 @@ def environment(isa, library):
     return kept | dict(ONEDNN_MAX_CPU_ISA=most, LD_PRELOAD=str(library), OMP_WAIT_POLICY="passive")
 
 
-def search(cases, isa, through, library):
-    "The faults of all cases: a list of (case, [[pass, kind, bytes outside]])."
+def within(answers, seconds):
+    "The next answer, or None; the seconds are waited for in parts, since whoever stops all processes for a while stops no clock."
+    for _ in range(4):
+        try: return answers.get(timeout=seconds/4)
+        except Empty: pass
+
+
+def search(cases, isa, through, library, patience=60):
+    "The faults of all cases: a list of (case, [[pass, kind, bytes outside]]); a case hangs after `patience` seconds."
     found, left = [], list(cases)
     while left:
         worker = subprocess.Popen([sys.executable, __file__, "--worker", "--through", through], stdin=subprocess.PIPE, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(isa, library))
+                                  stdout=subprocess.PIPE, env=environment(isa, library))
         answers = Queue()
         threading.Thread(target=lambda: [*map(answers.put, worker.stdout), answers.put("")], daemon=True).start()
-        while left:
-            case, answer = left.pop(0), None
+        if not within(answers, 300): raise RuntimeError(f"The search did not start: {worker.args} ended with {worker.poll()}.")
+        answer = "ready"
+        while left and answer:
+            case = left.pop(0)
             try:
                 print(json.dumps(case), file=worker.stdin, flush=True)
-                answer = answers.get(timeout=PATIENCE)
-            except (Empty, BrokenPipeError): pass
-            if not answer:
-                worker.kill() if worker.poll() is None and answer is None else None
-                found.append((case, [["?", "hang" if answer is None else f"crash {worker.wait()}", 0]]))
-                break
-            if faults := json.loads(answer): found.append((case, faults))
-        worker.stdin.close() if not left and worker.poll() is None else worker.kill()
+                answer = within(answers, patience)
+            except BrokenPipeError: answer = ""
+            if answer is None: faults = [["?", "hang", 0]]
+            else: faults = json.loads(answer) if answer else [["?", f"crash {worker.wait()}", 0]]
+            if faults: found.append((case, faults))
+        worker.kill()
         worker.wait()
     return found
 

@@ -8,13 +8,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { BUCKETS = 4096, FRONT = 1 << 12, BACK = 1 << 18, FILL = 0xFF };   // guard bytes before and behind; 0xFFFF is a NaN
-typedef struct block { struct block *next; unsigned char *at, *base; size_t size; } block;
+enum { BUCKETS = 4096, FRONT = 1 << 12, BACK = 1 << 16, FILL = 0xFF };   // guard bytes before and behind; 0xFFFF is a NaN
+typedef struct block { struct block *next; unsigned char *at, *base; size_t size; long age; } block;
 extern void *__libc_malloc(size_t), *__libc_memalign(size_t, size_t), *__libc_realloc(void *, size_t);
 extern void __libc_free(void *);
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static block *table[BUCKETS];
-static long found, farthest;   // blocks with changed guard bytes, and how many bytes away the farthest was (negative: before)
+static long now, found, farthest;   // how often `begin` was called; blocks with changed guard bytes, and how many bytes away the farthest was (negative: before)
 
 static block **bucket(void *p) { return &table[((uintptr_t)p >> 6) % BUCKETS]; }
 
@@ -30,10 +30,13 @@ static void check(block *b) {
     memset(back, FILL, BACK);
 }
 
+// From here on, `overruns` looks at blocks made later, and at those that are given back.
+void begin(void) { now++; }
+
 // How many blocks were written outside of since the last call.
 long overruns(long *far) {
     pthread_mutex_lock(&lock);
-    for (int i = 0; i < BUCKETS; i++) for (block *b = table[i]; b; b = b->next) check(b);
+    for (int i = 0; i < BUCKETS; i++) for (block *b = table[i]; b; b = b->next) if (b->age == now) check(b);
     long n = found;
     *far = farthest;
     found = farthest = 0;
@@ -46,7 +49,7 @@ void *memalign(size_t align, size_t size) {
     unsigned char *base = __libc_memalign(align, front + size + BACK);
     block *b = __libc_malloc(sizeof *b);
     if (!base || !b) return __libc_free(base), __libc_free(b), NULL;
-    *b = (block){NULL, base + front, base, size};
+    *b = (block){NULL, base + front, base, size, now};
     memset(b->at - FRONT, FILL, FRONT + size + BACK);
     pthread_mutex_lock(&lock);
     b->next = *bucket(b->at);
