@@ -88,17 +88,17 @@ def exact(case, x, w, b, dy):
     return {name: (whole[name], size[name]) for name in whole}
 
 
-def judge(got, exact, size):
-    "What is wrong with a result: '', 'unwritten' (a NaN), 'wrong', or 'rounded' where bfloat16 was also summed up."
+def judge(got, exact, size, tolerance):
+    "What is wrong with a result: '', 'unwritten' (a NaN), 'wrong', or 'rounded' where sums were rounded to bfloat16 as well."
     if not got.isfinite().all(): return "unwritten"
     if got.shape != exact.shape: return "wrong"
     error = (got.double() - exact).abs()
-    if got.dtype == torch.float32: return "wrong" if error.any() else ""
+    if got.dtype == torch.float32: return "wrong" if (error > tolerance*size).any() else ""
     if (error <= 2**-8*exact.abs()).all(): return ""
     return "rounded" if (error <= 2**-5*size).all() and error.norm() <= .02*size.norm() else "wrong"
 
 
-def run(convolution, case, guard, repeats=2):
+def run(convolution, case, guard, tolerance=0, repeats=2):
     "The faults of a case: [pass, kind, how many bytes outside]."
     far, faults = ctypes.c_long(), []
     torch.set_num_threads(case.threads)
@@ -114,18 +114,28 @@ def run(convolution, case, guard, repeats=2):
         try: results = passes(convolution, case, *inputs, said)
         except RuntimeError as e: return [["?", f"error: {e}"[:120], 0]]
         for name, got in results.items():
-            if kind := judge(got, *right[name]): faults.append((name, kind, 0))
+            if kind := judge(got, *right[name], tolerance): faults.append((name, kind, 0))
     if any(t is not None and not torch.equal(t, b) for t, b in zip(inputs, before)): faults.append(("?", "inputs changed", 0))
     return sorted({(p, kind): [p, kind, far] for p, kind, far in faults}.values())
 
 
-def work(through):
+def layer(x, weight, bias=None, stride=1, padding=0, groups=1):
+    "A convolution as a layer of a network that trains computes it. It may sum up in another way: `--tolerance 1e-5`."
+    from bnonly.train import prepare
+    o, c, k, _ = weight.shape
+    conv = torch.nn.Conv2d(c*groups, o, k, stride, padding, groups=groups, bias=bias is not None)
+    model = prepare(torch.nn.Sequential(conv), torch.device("cpu"), x.dtype)
+    given = {"0.weight": weight.float()} | ({} if bias is None else {"0.bias": bias.float()})
+    return torch.func.functional_call(model, given, x.float())
+
+
+def work(through, tolerance):
     "Run the cases that come in, one a line, and say what becomes of each."
     module, name = through.split(":")
     convolution, guard = getattr(importlib.import_module(module), name), ctypes.CDLL(None)
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(run(convolution, Case(*json.loads(line)), guard)), flush=True)
+        print(json.dumps(run(convolution, Case(*json.loads(line)), guard, tolerance)), flush=True)
 
 
 def compiled(folder):
@@ -150,12 +160,12 @@ def within(answers, seconds):
         except Empty: pass
 
 
-def search(cases, isa, through, library, patience=60):
+def search(cases, isa, through, library, patience=60, tolerance=0):
     "The faults of all cases: a list of (case, [[pass, kind, bytes outside]]); a case hangs after `patience` seconds."
     found, left = [], list(cases)
     while left:
-        worker = subprocess.Popen([sys.executable, __file__, "--worker", "--through", through], stdin=subprocess.PIPE, text=True,
-                                  stdout=subprocess.PIPE, env=environment(isa, library))
+        worker = subprocess.Popen([sys.executable, __file__, "--worker", "--through", through, "--tolerance", str(tolerance)], text=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(isa, library))
         answers = Queue()
         threading.Thread(target=lambda: [*map(answers.put, worker.stdout), answers.put("")], daemon=True).start()
         if not within(answers, 300): raise RuntimeError(f"The search did not start: {worker.args} ended with {worker.poll()}.")
@@ -179,18 +189,23 @@ def main():
     parser.add_argument("--cases", type=int, default=300, help="of each instruction set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--isa", nargs="+", choices=SETS, default=[*SETS])
-    parser.add_argument("--through", default="torch.nn.functional:conv2d", help="module:function(x, weight, bias=, stride=, padding=, groups=)")
+    parser.add_argument("--through", default="torch.nn.functional:conv2d",
+                        help="module:function(x, weight, bias=, stride=, padding=, groups=): `convolution_faults:layer` is bnonly's own")
+    parser.add_argument("--tolerance", type=float, default=0, help="in float32, as a share of the sum of absolute values")
     parser.add_argument("--json", type=Path, help="where to write all faults")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker: return work(args.through)
+    if args.worker: return work(args.through, args.tolerance)
+    version = torch.__config__.show().partition("MKL-DNN) v")[2].split(" ")[0]
     told = {}
+    print(f"PyTorch {torch.__version__}, oneDNN {version}, {args.through}, seed {args.seed}")
     with tempfile.TemporaryDirectory() as folder:
         library = compiled(folder)
         for isa in args.isa:
-            told[isa] = search(sample(args.cases, args.seed), isa, args.through, library)
+            told[isa] = search(sample(args.cases, args.seed), isa, args.through, library, tolerance=args.tolerance)
             kinds = collections.Counter((p, kind) for _, faults in told[isa] for p, kind, _ in faults)
-            print(f"{isa}: {args.cases} cases,", ", ".join(f"{p} {kind}: {n}" for (p, kind), n in sorted(kinds.items())) or "no fault", flush=True)
+            counts = ", ".join(f"{name} {kind}: {n}" for (name, kind), n in sorted(kinds.items()))
+            print(f"{isa}: {args.cases} cases, {counts or 'no fault'}", flush=True)
     if args.json: args.json.write_text(json.dumps({isa: [(c._asdict(), f) for c, f in found] for isa, found in told.items()}))
 
 
