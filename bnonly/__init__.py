@@ -1,1 +1,7 @@
+"""Train BatchNorm and only BatchNorm: a literate study of what affine parameters can do with random features
+
+Modules:
+
+- `bnonly.faults`: Convolutions around two faults of PyTorch 2.15.0 with oneDNN 3.13.3 on a CPU, which `tests/convolution_faults.py` found."""
+
 __version__ = "0.1.0"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LR', 'TRACKERS', 'Later', 'later', 'deferred', 'step', 'imagenet', 'constant', 'cosine', 'Schedule', 'SGD', 'sgd',
-           'groups', 'together', 'default_device', 'pays', 'default_dtype', 'prepare', 'loss_func', 'learner',
+           'groups', 'together', 'default_device', 'bfloat16_pays', 'default_dtype', 'prepare', 'loss_func', 'learner',
            'network', 'shape', 'top5', 'SmoothLoss', 'recorder', 'Epochs', 'Still', 'Run', 'hold_out', 'part',
            'HeldOut', 'Patience', 'Parallel', 'plain', 'enough', 'summed', 'gathered', 'agreed', 'random_states',
            'set_random_states', 'digest', 'save_state', 'read_state', 'load_state', 'Journal', 'Trajectory',
@@ -78,8 +78,9 @@ with warnings.catch_warnings():
 from .data import Images, load_data, loaders, named, own_part
 from .experiment import SCHEDULES, Claim, Spec, choose, load_record, parameters, parse_arch, parse_policy, root, run_dir, seal, write
 from .graph import Graph
-from .kernels import abilities, accelerate, keep_memory, kernels, multiplies_bfloat16
+from .kernels import accelerate, keep_memory, kernels
 from .models import BiasAct, FixupConv, create_model, generator, normalization
+from .native import pytorch_convolves_bfloat16
 from .norms import affine_table, zero_rates
 from .penalties import Embedding, regularizers
 from .policies import counts, freeze, load_moved, moved, trainable
@@ -159,21 +160,20 @@ def default_device() -> torch.device:
         raise ValueError(f"BNONLY_DEVICE {name!r} cannot be used here ({str(e).splitlines()[0]}); say 'cpu', or leave it out.") from None
 
 # %% ../nbs/04_train.ipynb #9154b045
-def pays(cpu:dict,   # its `abilities`
-         arch:str) -> bool:
-    "Whether a CPU trains a network faster in bfloat16 than in float32: it multiplies faster, or moves half the bytes to our kernels."
-    if cpu.get("amx_bf16"): return True
-    family, _, width = parse_arch(arch)
+def bfloat16_pays(arch:str) -> bool:
+    "Whether this CPU trains a network faster in bfloat16 than in float32: PyTorch multiplies it faster, or our kernels move half the bytes."
+    pytorch, (family, _, width) = pytorch_convolves_bfloat16(), parse_arch(arch)
+    if pytorch == "all": return True
     if family in ("mlp", "lenet"): return False
+    if pytorch == "direct": return True
     own = kernels()
-    halves = own is not None and own[torch.bfloat16].halves
-    ours = own is not None and family in ("cifar", "wide", "vgg", *["imagenet"]*halves) and width % 1 == 0   # of multiples of 16 channels
-    return multiplies_bfloat16(cpu) or bool(cpu.get("avx512_f")) and ours
+    wide = family in ("cifar", "wide", "vgg") and width % 1 == 0   # of multiples of 16 channels
+    return own is not None and (wide or family == "imagenet" and own[torch.bfloat16].float16)
 
 def default_dtype(device:torch.device, arch:str) -> torch.dtype:
     "bfloat16 where it is faster than float32."
     if device.type == "cuda": own = torch.cuda.is_bf16_supported(including_emulation=False)
-    else: own = device.type == "cpu" and pays(abilities(), arch)
+    else: own = device.type == "cpu" and bfloat16_pays(arch)
     return torch.bfloat16 if own else torch.float32
 
 # %% ../nbs/04_train.ipynb #9154b046
@@ -181,21 +181,9 @@ def prepare(model, device, dtype):
     "Move a model to where and how it trains."
     if device.type == "cpu": keep_memory()
     model = accelerate(model.to(device, memory_format=torch.channels_last), dtype)
-    if (device.type, dtype) == ("cpu", torch.bfloat16):
-        for m in model.modules():
-            if not isinstance(m, torch.nn.Conv2d) or not m.weight.requires_grad: continue
-            if m.dilation != (1, 1) or m.padding_mode != "zeros" or isinstance(m.padding, str): continue
-            m._conv_forward = partial(_one_place, m)
     if dtype != torch.float32: model.forward = partial(_rounded, model, device.type, dtype)
     model.prepared = str(dtype).removeprefix("torch.")
     return model
-
-def _one_place(conv, x, weight, bias):
-    "A convolution of an image of one pixel uses one place of its weight; PyTorch 2.15 writes no gradient at some of the others, in bfloat16 on a CPU."
-    sizes = [(p < k, 1 + 2*p - k, s) for p,k,s in zip(conv.padding, conv.kernel_size, conv.stride)]
-    if x.shape[2:] != (1, 1) or not all(meets and 0 <= more < s for meets,more,s in sizes): return type(conv)._conv_forward(conv, x, weight, bias)
-    (h, w), one = conv.padding, slice(None)
-    return F.conv2d(x, weight[one, one, h:h+1, w:w+1], bias, groups=conv.groups)
 
 def _rounded(model, kind, dtype, x):
     "The forward pass of a network with its convolutions in `dtype`."
@@ -522,7 +510,7 @@ def machine(device:torch.device) -> dict:
     found = dict(device=torch.cuda.get_device_name(device) if cuda else device.type, processor=(names or [platform.processor()])[0],
                 cores=os.cpu_count(), processes=max(1, num_distrib()), threads=torch.get_num_threads(), system=platform.system(), python=platform.python_version(),
                 **{p: version(p) for p in ("bnonly", "torch", "fastai", "numpy")})
-    return found | dict(instructions=torch.backends.cpu.get_cpu_capability(), kernels="plain" if kernels() is None else "fused", commit=commit())
+    return found | dict(instructions=torch.backends.cpu.get_cpu_capability(), kernels=kernels()[torch.float32].instructions if kernels() else "plain", commit=commit())
 
 def commit() -> str|None:
     "The commit of the checkout that is run, with a + where tracked files differ from it; None outside of a checkout."

@@ -13,7 +13,8 @@ import pytest
 import torch
 from bnonly.data import load_data, loaders
 from bnonly.experiment import Spec
-from bnonly.kernels import _own, _way, _way_of, LeanConv, LeanPool, accelerate, bn_act, bn_act_plain, compile_library, convolve, few, input_gradient, kernels, transformed, way, weight_gradient
+from bnonly.kernels import _own, _way, _way_of, LeanConv, LeanPool, accelerate, bn_act, bn_act_plain, convolve, few, input_gradient, kernels, transformed, way, weight_gradient
+from bnonly import native
 from bnonly.models import BasicBlock, BatchNormAct, create_model
 from bnonly.policies import RandomEntries, freeze, trainable
 from bnonly.train import fit, loss_func, prepare, sgd
@@ -116,7 +117,7 @@ def test_a_frozen_convolution_keeps_only_its_weight(stride, size, bias):
     assert torch.equal(torch.autograd.grad(y, x, g)[0], torch.autograd.grad(want, x, g)[0])
 
 
-needs_tiles = pytest.mark.skipif(not kernels() or not kernels()[torch.bfloat16].winograd, reason="no kernels here, or AMX, which needs no tiles for bfloat16")
+needs_tiles = pytest.mark.skipif(not kernels() or native.pytorch_convolves_bfloat16() == "all", reason="no kernels here, or AMX, which needs no tiles for bfloat16")
 SAME = (1, 1), (1, 1), (1, 1), 1   # stride, padding, dilation, groups
 
 def tile_case(B, C, O, H, W):
@@ -141,19 +142,20 @@ def follow(shape):
 
 @needs_kernels
 @pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86")
-@pytest.mark.parametrize("without", ["avx512f", "avx512fp16"])
-def test_convolutions_on_a_lesser_processor(without, tmp_path):
-    "The same without long registers, or without products of halves, as the compiler is told."
-    code = """import test_kernels as t
+@pytest.mark.parametrize("march", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+def test_convolutions_on_a_lesser_processor(march, tmp_path):
+    "The same with the registers of other instruction sets, as far as this processor has them, and without products of float16."
+    if march == "x86-64-v4" and not torch.cpu.get_capabilities().get("avx512_f"): pytest.skip("this processor has no AVX-512")
+    code = """import bnonly.kernels, test_kernels as t
+bnonly.kernels.pytorch_convolves_bfloat16 = lambda: "none"
 for s in t.WINOGRAD: t.follow(s)
 for s in t.BLOCKS[:4]: t.follow_blocks(s, t.torch.float32)
-if t.kernels()[t.torch.bfloat16].direct:
-    assert not t.kernels()[t.torch.bfloat16].halves
-    for s in t.WINOGRAD: t.follow_bfloat16(s)
-    for s in t.DIRECT: t.follow_direct(s)
-    for s in t.BLOCKS[:4]: t.follow_blocks(s, t.torch.bfloat16)"""
+assert not t.kernels()[t.torch.bfloat16].float16
+for s in t.WINOGRAD: t.follow_bfloat16(s)
+for s in t.DIRECT: t.follow_direct(s)
+for s in t.BLOCKS[:4]: t.follow_blocks(s, t.torch.bfloat16)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True,
-                          env=os.environ | {"CXX": f"g++ -mno-{without}", "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
+                          env=os.environ | {"CXX": "g++", "BNONLY_MARCH": march, "BNONLY_KERNELS": "fused", "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
 
 def follow_bfloat16(shape, unit=1.):
@@ -165,7 +167,7 @@ def follow_bfloat16(shape, unit=1.):
     exact = [t.double().requires_grad_() for t in (x, w, bias*unit)]
     want = torch.conv2d(*exact, 1, 1)
     want = want, *torch.autograd.grad(want, exact[:2], dy.double())
-    far = (.0068, .0068, .005) if kernels()[torch.bfloat16].halves else (.0034, .0034, 1e-5)
+    far = (.0068, .0068, .005) if kernels()[torch.bfloat16].float16 else (.0034, .0034, 1e-5)
     for a, b, most in zip(got, want, far): assert (a.double() - b).norm() < most * b.norm()
 
 @needs_tiles
@@ -217,14 +219,14 @@ def follow_direct(shape):
     want = torch.conv2d(*exact, stride, pad)
     dy = torch.randn(want.shape, generator=g).bfloat16().contiguous(**BIG)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bnonly.kernels.abilities", dict)
+        patch.setattr("bnonly.kernels.pytorch_convolves_bfloat16", lambda: "none")
         x, w, bias = wanted = [t.detach().bfloat16().contiguous(**BIG if t.dim() == 4 else {}).requires_grad_() for t in exact]
         assert _way(x, want.shape[2:], w, bias, *how) == _way(dy, want.shape[2:], w, None, *how) == "direct"
         got = LeanConv.apply(x, w, bias, *how)
         got = (got, *torch.autograd.grad(got, wanted, dy), weight_gradient(dy, x, w, *how))
     want = (want, *torch.autograd.grad(want, exact, dy.double()))
     for a, b in zip(got, want): assert a.shape == b.shape and (a.double() - b).norm() < .0034 * b.norm()
-    assert (got[-1].double() - want[2]).norm() < (.001 if kernels()[torch.bfloat16].halves else 1e-5)*want[2].norm()
+    assert (got[-1].double() - want[2]).norm() < (.001 if kernels()[torch.bfloat16].float16 else 1e-5)*want[2].norm()
 
 @needs_tiles
 @pytest.mark.parametrize("shape", DIRECT, ids=str)
@@ -244,7 +246,7 @@ def test_an_image_of_one_pixel_gets_a_gradient():
     *(pytest.param(d, s, 1, marks=m) for d,m in ((torch.bfloat16, needs_tiles), (torch.float32, needs_kernels)) for s in ((37, 64, 96, 6, 10), (100, 16, 16, 5, 32))),
     pytest.param(torch.bfloat16, (100, 16, 32, 9, 20), 2, marks=needs_tiles)], ids=str)
 def test_convolutions_depend_neither_on_threads_nor_on_other_images(dtype, shape, stride, monkeypatch):
-    monkeypatch.setattr("bnonly.kernels.abilities", dict)
+    monkeypatch.setattr("bnonly.kernels.pytorch_convolves_bfloat16", lambda: "none")
     (x, w, _, bias), how = (t.to(dtype) for t in tile_case(*shape)), ((stride,)*2, *SAME[1:])
     dy, n, results = torch.randn_like(convolve(x, w, bias, *how)), torch.get_num_threads(), []
     assert _way(x, dy.shape[2:], w, bias, *how) != "torch"
@@ -258,7 +260,7 @@ def test_convolutions_depend_neither_on_threads_nor_on_other_images(dtype, shape
 @needs_tiles
 @pytest.mark.parametrize("stride", [1, 2])
 def test_weights_are_transformed_once_and_again_when_they_change(stride, monkeypatch):
-    monkeypatch.setattr("bnonly.kernels.abilities", dict)
+    monkeypatch.setattr("bnonly.kernels.pytorch_convolves_bfloat16", lambda: "none")
     (x, w, _, _), how = tile_case(2, 32, 32, 6, 12), ((stride,)*2, *SAME[1:])
     with torch.inference_mode(): before = convolve(x, w, None, *how)
     assert torch.equal(convolve(x, w, None, *how), before)
@@ -272,13 +274,13 @@ def test_weights_are_transformed_once_and_again_when_they_change(stride, monkeyp
 
 @needs_tiles
 def test_what_the_kernels_cannot_take_is_left_to_pytorch(monkeypatch):
-    monkeypatch.setattr("bnonly.kernels.abilities", lambda: dict(avx512_bf16=True))
+    monkeypatch.setattr("bnonly.kernels.pytorch_convolves_bfloat16", lambda: "direct")
     x, w, _, bias = tile_case(1, 32, 32, 6, 6)
     for dtype, weight, *geometry in ((torch.float64, w, *SAME), (torch.float32, w[:24], *SAME), (x.dtype, w, (2, 2), *SAME[1:]), (x.dtype, w, (1, 1), (0, 0), (1, 1), 1),
                                      (x.dtype, w, *SAME[:2], (2, 2), 1), (x.dtype, w[:, :24], *SAME), (x.dtype, w[:24], *SAME),
                                      (x.dtype, w[..., :1, :1], *SAME), (x.dtype, w, *SAME[:3], 2)):
         assert way(dtype, weight, *geometry) == "torch"
-    monkeypatch.setattr("bnonly.kernels.abilities", dict)
+    monkeypatch.setattr("bnonly.kernels.pytorch_convolves_bfloat16", lambda: "none")
     for weight, *geometry in ((w, (2, 1), *SAME[1:]), (w, *SAME[:2], (2, 2), 1), (w[..., :2], *SAME), (w[:, :8], *SAME[:3], 4), (w[:24], *SAME)):
         assert way(x.dtype, weight, *geometry) == "torch"
     with pytest.raises(RuntimeError): convolve(x[..., :2], w, bias, (2, 2), (0, 0), (1, 1), 1)   # smaller than the weight
@@ -321,8 +323,8 @@ def test_a_weight_that_trains_is_transformed_for_enough_tiles(images, tiles, mon
 def test_small_outputs_go_by_what_leaves_least_empty(monkeypatch):
     _, w, _, _ = tile_case(1, 32, 32, 6, 6)
     how = lambda trains, images, *size: way(w.dtype, w.detach().requires_grad_(trains), *SAME, images=images, size=size)
-    for cpu, small in (dict(), "direct"), (dict(amx_bf16=True), "torch"):
-        monkeypatch.setattr("bnonly.kernels.abilities", lambda: cpu)
+    for pytorch, small in ("none", "direct"), ("direct", "torch"):
+        monkeypatch.setattr("bnonly.kernels.pytorch_convolves_bfloat16", lambda: pytorch)
         assert [how(t, 128, *size) for t in (False, True) for size in ((8, 8), (4, 4), (2, 10))] == ["tiles"]*6
         assert how(True, 15, 8, 8) == how(True, 128, 2, 2) == small
         assert how(False, 128, 2, 2) == ("tiles" if small == "torch" else small)
@@ -362,6 +364,9 @@ LAYERS = [(torch.nn.Conv2d(32, 64, 3, padding=1), (4, 32, 9, 8)), (torch.nn.Conv
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layer,shape", LAYERS, ids=lambda o: str(o)[:24])
 def test_the_gradient_of_a_few_entries_is_that_of_the_whole_weight(layer, shape, dtype):
+    follow_entries(layer, shape, dtype)
+
+def follow_entries(layer, shape, dtype):
     g = torch.Generator().manual_seed(0)
     layer = copy.deepcopy(layer)
     torch.nn.init.normal_(layer.weight, generator=g)
@@ -486,7 +491,7 @@ BLOCKS = (3, 4, 16, 16, 16), (2, 3, 16, 18, 30), (2, 3, 16, 5, 13), (3, 5, 48, 7
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_tiles)], ids=str)
 @pytest.mark.parametrize("shape", BLOCKS, ids=str)
 def test_blocks_in_one_step_are_as_near_to_float64_as_one_by_one(shape, dtype, policy, monkeypatch):
-    monkeypatch.setattr("bnonly.kernels.abilities", dict)
+    monkeypatch.setattr("bnonly.kernels.pytorch_convolves_bfloat16", lambda: "none")
     monkeypatch.setattr("bnonly.kernels._way_of", lambda direct, shape, trains, *rest: _way_of(direct, shape, False, *rest))   # also for few tiles
     follow_blocks(shape, dtype, policy)
 
@@ -505,7 +510,7 @@ def follow_blocks(shape, dtype, policy="bn"):
 @pytest.mark.parametrize("policy", ["bn", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_tiles)], ids=str)
 def test_blocks_do_not_depend_on_threads(dtype, policy, monkeypatch):
-    monkeypatch.setattr("bnonly.kernels.abilities", dict)
+    monkeypatch.setattr("bnonly.kernels.pytorch_convolves_bfloat16", lambda: "none")
     (x, dy), found, n = torch.randn(2, 20, 16, 18, 30).to(dtype), [], torch.get_num_threads()
     for threads in (3, 2, 1):
         torch.set_num_threads(threads)
@@ -630,8 +635,10 @@ def test_without_a_compiler_there_is_one_line_of_notice(tmp_path):
 
 
 @needs_kernels
-def test_what_the_compiler_objects_to_is_told():
-    with pytest.raises(RuntimeError, match="error: "): compile_library("int x = ;", os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+def test_what_the_compiler_objects_to_is_told(tmp_path, monkeypatch):
+    (tmp_path / "kernels.cpp").write_text("int x = ;")
+    monkeypatch.setattr(native, "CSRC", tmp_path)
+    with pytest.raises(RuntimeError, match="error: "): native.load()
 
 
 @needs_kernels

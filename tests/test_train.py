@@ -13,15 +13,15 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from bnonly import train
+from bnonly import native, train
 from bnonly.data import describe, load_data, loaders
 from bnonly.experiment import BrokenRecord, Spec, load_record, results, run_dir
 from bnonly.features import restore
-from bnonly.kernels import Kernels, kernels
-from bnonly.models import FixupConv
+from bnonly.kernels import kernels
+from bnonly.models import Conv2d, FixupConv
 from bnonly.norms import affine_table, zero_rates
 from bnonly.policies import RandomEntries
-from bnonly.train import Run, fit, learner, pays, prepare, read_state, save_state, trajectory
+from bnonly.train import Run, bfloat16_pays, fit, learner, prepare, read_state, save_state, trajectory
 from fastai.callback.core import Callback
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +120,7 @@ def test_a_record_tells_of_all_parts_of_its_run(monkeypatch):
 
 def test_a_checkpoint_that_tells_less_is_gone_on_from(monkeypatch):
     "As older versions wrote it: no digest of the images, no dtype, no callbacks."
-    from bnonly import train
+    from bnonly import native, train
     with monkeypatch.context() as m:
         m.setattr(train, "save_state", lambda learn, path, rows, **part: save_state(learn, path, rows))
         with pytest.raises(KeyboardInterrupt):
@@ -148,7 +148,7 @@ def test_what_is_kept_of_each_step_is_no_tensor():
 
 def _one_pixel_layers():
     torch.manual_seed(0)
-    plain, fixup = torch.nn.Conv2d(64, 64, 3, 2, 1), FixupConv(torch.nn.Conv2d(64, 64, 3, 2, 1), last=True)
+    plain, fixup = Conv2d(64, 64, 3, 2, 1), FixupConv(Conv2d(64, 64, 3, 2, 1), last=True)
     torch.nn.init.normal_(fixup.weight)
     with torch.no_grad(): fixup.rest()
     few = copy.deepcopy(plain)
@@ -281,33 +281,25 @@ def test_a_trained_network_is_let_go():
     finally: gc.enable()
 
 
-@pytest.mark.parametrize("cpu,arch,answer", [
-    (dict(avx512_bf16=True, amx_bf16=True, cpu_name="Intel Xeon"), "resnet14", True),
-    (dict(avx512_bf16=True, amx_bf16=True, cpu_name="Intel Xeon"), "mlp4-784", True),
-    (dict(avx512_f=True, avx512_bf16=True, amx_bf16=False, cpu_name="Intel Xeon"), "resnet14", True),
-    (dict(avx512_f=True, avx512_bf16=True, amx_bf16=False, cpu_name="Intel Xeon"), "mlp4-784", False),
-    (dict(avx512_f=True), "resnet14", True),
-    (dict(avx512_f=True), "lenet5", False),
-    (dict(avx512_f=True), "efficientnet-b0", False),
-    (dict(avx512_f=True), "resnet50", False),
-    (dict(avx512_f=True), "vgg16", True),
-    (dict(avx512_f=True), "wrn8-0.125", False),
-    (dict(avx512_bf16=True, amx_bf16=False, cpu_name="AMD Zen5"), "resnet14", True),
-    (dict(avx512_bf16=True, amx_bf16=False, cpu_name="AMD Zen5"), "mlp4-784", False),
-    (dict(avx512_bf16=True, amx_bf16=False, cpu_name="AMD Zen5"), "lenet5", False),
-    (dict(), "resnet14", False)])
-def test_where_bfloat16_pays(cpu, arch, answer, monkeypatch):
-    own = lambda halves: {torch.bfloat16: Kernels(None, None, None, halves=halves)}
-    monkeypatch.setattr("bnonly.train.kernels", lambda: own(False))
-    assert pays(cpu, arch) is answer
-    monkeypatch.setattr("bnonly.train.kernels", lambda: own(True))
-    assert pays(cpu, arch) is (answer or arch == "resnet50")   # whose halves are multiplied twice as fast
+@pytest.mark.parametrize("pytorch, float16, arch, answer", [
+    ("all", False, "resnet14", True), ("all", False, "mlp4-784", True),
+    ("direct", False, "resnet50", True), ("direct", False, "mlp4-784", False), ("direct", False, "lenet5", False),
+    ("none", False, "resnet14", True), ("none", False, "vgg16", True), ("none", False, "wrn8-0.125", False),
+    ("none", False, "efficientnet-b0", False), ("none", False, "resnet50", False), ("none", True, "resnet50", True),
+    ("none", None, "resnet14", False), ("direct", None, "resnet14", True)])
+def test_where_bfloat16_pays(pytorch, float16, arch, answer, monkeypatch):
+    "By who convolves bfloat16 faster, and whether the kernels multiply in float16 (None: there are no kernels)."
+    monkeypatch.setattr("bnonly.train.pytorch_convolves_bfloat16", lambda: pytorch)
+    monkeypatch.setattr("bnonly.train.kernels", lambda: None if float16 is None else {torch.bfloat16: SimpleNamespace(float16=float16)})
+    assert bfloat16_pays(arch) is answer
 
 
-def test_bfloat16_as_storage_pays_with_kernels_alone(monkeypatch):
-    monkeypatch.setattr("bnonly.train.kernels", lambda: None)
-    assert not pays(dict(avx512_f=True, avx512_bf16=True, cpu_name="Intel Xeon"), "resnet14")
-    assert pays(dict(avx512_f=True, avx512_bf16=True, cpu_name="AMD Zen5"), "resnet14")
+@pytest.mark.parametrize("cap, features", [("AVX2", set()), ("AVX512_CORE", set()), ("avx512_core_bf16", {"avx512_bf16"}), ("", {"avx512_bf16", "amx_bf16"})])
+def test_pytorch_is_held_to_what_the_environment_allows(cap, features, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=True, amx_bf16=True))
+    assert native.pytorch_features() == features
+
 
 
 def test_a_run_that_a_callback_ends_early_has_no_record():
@@ -409,7 +401,7 @@ def test_a_look_at_every_twentieth_of_a_long_run(tmp_path):
 def test_a_record_says_what_it_was_computed_with():
     record = fit(Spec(arch="resnet8", epochs=1))
     assert record["machine"]["instructions"] == torch.backends.cpu.get_cpu_capability()
-    assert record["machine"]["kernels"] in ("fused", "plain") and "earlier_machines" not in record
+    assert record["machine"]["kernels"] == (kernels()[torch.float32].instructions if kernels() else "plain") and "earlier_machines" not in record
 
 
 def test_a_record_names_the_machines_of_all_its_parts(monkeypatch):

@@ -1,0 +1,132 @@
+"""The compiled kernels of `csrc/`: built at first use for this processor, cached, and loaded with ctypes."""
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from .experiment import choose
+
+__all__ = ["CSRC", "MARCHES", "Direct", "Entry", "Kernels", "Layer", "Norm", "build", "kernels", "load", "march", "processor",
+           "pytorch_convolves_bfloat16", "pytorch_features"]
+
+CSRC = Path(__file__).parent/"csrc"
+MARCHES = "native", "x86-64-v4", "x86-64-v3", "x86-64-v2"   # what $BNONLY_MARCH may hold the kernels to: gcc's -march
+FLAGS = "-std=c++17 -O3 -fopenmp -shared -fPIC -Wall -Wextra -Wno-psabi".split()   # psabi: nothing with vectors is exported
+
+
+def processor() -> str:
+    "What machine code depends on: this processor's model and features."
+    try: lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError: return platform.machine() + platform.processor()
+    return "\n".join(l for l in lines if l.split(":")[0].strip() in ("model name", "flags", "Features", "CPU part"))
+
+
+def march() -> str:
+    "The instruction set to build for: $BNONLY_MARCH, by default all that this processor has."
+    return choose("BNONLY_MARCH", os.environ.get("BNONLY_MARCH") or "native", MARCHES)
+
+
+def build(compiler:str, flags:tuple=()) -> Path:
+    "The compiled library, built where it is not in the cache yet; `RuntimeError` with the compiler's first error."
+    files = sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cpp")])
+    flags = [*FLAGS, f"-march={march()}", *flags]
+    sources = "\n".join(f.read_text() for f in files)
+    key = "\n".join([sources, processor(), torch.__version__, compiler, *flags])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"bnonly"
+    library = folder/f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if library.exists(): return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as tmp:   # renamed when whole, so that two may build at once
+        out = Path(tmp)/"kernels.so"
+        command = [*shlex.split(compiler), *flags, str(CSRC/"kernels.cpp"), "-o", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            error = next((l for l in done.stderr.splitlines() if "error" in l), f"{compiler} ended with {done.returncode}")
+            raise RuntimeError(error)
+        with open(out, "rb") as f: os.fsync(f)
+        os.replace(out, library)
+    return library
+
+
+P, L, I, D = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_double
+Entry, Direct = L*4, L*15   # the structs of the same names: strides of a weight, and the sizes of a direct convolution
+ARGUMENTS = dict(   # as in kernels.cpp
+    forward=[P]*5 + [L, L, I, I, I], backward=[P]*6 + [L, L, I, I, I], entries=[P]*4 + [L]*11 + [I],
+    pack_winograd=[P, L, P, P, P, L, L, I], winograd=[P]*4 + [D] + [L]*5 + [I], winograd_gradient=[P]*4 + [L]*5 + [I],
+    pack_direct=[P, L, P, P, P, L, L, L, L, I], direct=[P]*4 + [D, P, I], direct_gradient=[P]*4 + [L]*10 + [I],
+    blocks_forward=[P]*4 + [L]*5 + [I], blocks_backward=[P]*4 + [L]*5 + [I])
+
+
+class Norm(ctypes.Structure):
+    "A BatchNorm: its parameters and statistics, where mean, 1 / sigma and the gradients go; None where there is none."
+    _fields_ = [*((n, P) for n in "weight bias running_mean running_var mean inv_std dweight dbias".split()),
+                ("momentum", D), ("eps", D)]
+
+
+class Layer(ctypes.Structure):
+    "A convolution and the BatchNorm behind it, as blocks.h has it."
+    _fields_ = [("u", P), ("scale", D), ("z", P), ("x", P), ("dw", P), ("at", Entry), ("mask", P), ("bn", Norm)]
+
+
+class Kernels:
+    "The compiled functions for one dtype, by the names of `ARGUMENTS`."
+    def __init__(self, library, dtype:torch.dtype):
+        suffix = str(dtype).removeprefix("torch.")
+        self.float16 = bool(getattr(library, f"multiplies_float16_{suffix}")())
+        self.instructions = library.instruction_set().decode()
+        for name, arguments in ARGUMENTS.items():
+            function = getattr(library, f"{name}_{suffix}")
+            function.argtypes, function.restype = arguments, ctypes.c_float if name.startswith("pack") else None
+            setattr(self, name, function)
+
+
+def load(flags:tuple=()) -> dict:
+    "dtype to `Kernels`; raises where they cannot be built."
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None: raise RuntimeError("no C++ compiler")
+    library = ctypes.CDLL(str(build(compiler, flags)))
+    library.instruction_set.restype = ctypes.c_char_p
+    return {d: Kernels(library, d) for d in (torch.float32, torch.bfloat16)}
+
+
+@lru_cache(None)
+def kernels() -> dict|None:
+    """The kernels of this process, None for plain PyTorch: on an instruction set older than AVX2, where they do not pay,
+    or without a compiler, with a line of notice. $BNONLY_KERNELS insists on either: fused or plain."""
+    asked = os.environ.get("BNONLY_KERNELS") or None
+    if asked and choose("BNONLY_KERNELS", asked, ("fused", "plain")) == "plain": return None
+    try: found = load()
+    except (RuntimeError, OSError, subprocess.SubprocessError) as e:
+        return print(f"bnonly: no compiled kernels ({str(e).splitlines()[0]}), training is slower", file=sys.stderr)
+    return found if asked or found[torch.float32].instructions != "baseline" else None
+
+
+ONEDNN = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16",
+          "AVX10_1_512", "AVX512_CORE_FP16", "AVX10_1_512_AMX", "AVX512_CORE_AMX", "AVX10_1_512_AMX_FP16", "AVX512_CORE_AMX_FP16",
+          "DEFAULT")   # the values of $ONEDNN_MAX_CPU_ISA, each with what those before it allow
+
+
+def pytorch_features() -> set:
+    "What of avx512_bf16, avx512_fp16 and amx_bf16 PyTorch's convolutions may use in this process."
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    cap = ONEDNN.index(cap if cap in ONEDNN else "DEFAULT")
+    needs = dict(avx512_bf16="AVX512_CORE_BF16", avx512_fp16="AVX512_CORE_FP16", amx_bf16="AVX512_CORE_AMX")
+    cpu = torch.cpu.get_capabilities()
+    return {name for name, least in needs.items() if cpu.get(name) and cap >= ONEDNN.index(least)}
+
+
+def pytorch_convolves_bfloat16() -> str:
+    """Which convolutions of bfloat16 PyTorch computes faster than the kernels here: 'all' with AMX; 'direct', all but
+    Winograd's, with AVX512-BF16 where there is no AVX512-FP16; else 'none' (runs/bench/cpu,kernels.json)."""
+    found = pytorch_features()
+    if "amx_bf16" in found: return "all"
+    return "direct" if "avx512_bf16" in found and "avx512_fp16" not in found else "none"
