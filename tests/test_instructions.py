@@ -1,0 +1,77 @@
+"Every instruction set that can be selected: the same losses up to rounding, and a run that goes on as if it had not stopped."
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+AVX2 = dict(ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="avx2", MKL_ENABLE_INSTRUCTIONS="AVX2", BNONLY_MARCH="x86-64-v3")
+NONE = dict(ONEDNN_MAX_CPU_ISA="SSE41", ATEN_CPU_CAPABILITY="default", MKL_ENABLE_INSTRUCTIONS="SSE4_2", BNONLY_MARCH="x86-64-v2")
+SETS = {"native": {}, "AVX2": AVX2, "AVX2, no kernels": AVX2 | dict(BNONLY_KERNELS="plain"), "no kernels": dict(BNONLY_KERNELS="plain"),
+        "no AVX": NONE, "no AVX, with kernels": NONE | dict(BNONLY_KERNELS="fused")}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86")
+
+
+@lru_cache(None)
+def results(name):
+    "What tests/instructions.py prints under the limits of a set. The checking malloc notices what is written outside of its place."
+    limits = {k: v for k, v in os.environ.items() if k not in NONE and k != "BNONLY_KERNELS"} | SETS[name]
+    checking = dict(LD_PRELOAD="libc_malloc_debug.so.0", MALLOC_CHECK_="3") if platform.libc_ver()[0] == "glibc" else {}
+    done = subprocess.run([sys.executable, "-W", "ignore", HERE / "instructions.py"], env=limits | checking, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, f"{name}: ended with {done.returncode}\n{done.stderr[-2000:]}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", SETS)
+def test_every_instruction_set_gives_the_same_losses(name):
+    found, reference = results(name), results("no kernels")
+    for run, losses in reference["losses"].items():
+        assert found["losses"][run] == pytest.approx(losses, rel=2e-3), (name, run)
+    assert found["resumed"]
+
+
+@needs_compiler
+def test_the_limits_are_kept():
+    assert results("AVX2")["kernels"] == "avx2" and results("AVX2")["pytorch"] == "AVX2"
+    assert [results(n)["kernels"] for n in ("no AVX", "no AVX, with kernels", "no kernels")] == ["plain", "baseline", "plain"]
+    assert results("no AVX")["pytorch"] == "DEFAULT"
+
+
+@needs_compiler
+def test_the_kernels_touch_no_memory_but_their_own():
+    "Under AddressSanitizer and UndefinedBehaviorSanitizer: every kernel, odd channels, one pixel, one image, both dtypes."
+    libraries = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libstdc++.so")]
+    if not all(map(os.path.isabs, libraries)): pytest.skip("g++ has no libasan here")
+    code = """import torch
+import bnonly.kernels, test_kernels as t
+bnonly.kernels.pytorch_convolves_bfloat16 = lambda: "none"
+way = t._way_of
+bnonly.kernels._way_of = lambda direct, shape, trains, *rest: way(direct, shape, False, *rest)   # Winograd also for few tiles
+torch.set_num_threads(2)
+for s in t.SHAPES:
+    for dtype in (torch.float32, torch.bfloat16):
+        for residual in (False, True):
+            for training in (False, True):
+                inputs, grad = t.case(s, dtype, residual)
+                t.evaluate(t.bn_act, inputs, grad, training=training)
+for s in (*t.WINOGRAD, (1, 16, 16, 1, 1), (1, 16, 32, 2, 2)):
+    if min(s[3:]) > 1: t.follow(s), t.follow_bfloat16(s)
+for s in (*t.DIRECT, (1, 1, 16, 2, 2, 3, 1, 1), (1, 5, 16, 3, 3, 3, 2, 1)): t.follow_direct(s)
+for s in t.BLOCKS:
+    for policy in ("bn", "all"):
+        for dtype in (torch.float32, torch.bfloat16): t.follow_blocks(s, dtype, policy)
+for layer, shape in t.LAYERS:
+    for dtype in (torch.float32, torch.bfloat16): t.follow_entries(layer, shape, dtype)
+print("clean")"""
+    env = os.environ | dict(CXX="g++ -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined", LD_PRELOAD=" ".join(libraries), BNONLY_KERNELS="fused",
+                            ASAN_OPTIONS="detect_leaks=0:alloc_dealloc_mismatch=0", OMP_NUM_THREADS="2")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=HERE, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("clean\n"), done.stderr[-3000:]
