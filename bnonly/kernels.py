@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['bn_act_plain', 'BNAct', 'fits', 'bn_act', 'Phase', 'phases', 'transformed', 'ordered', 'way', 'convolve',
-           'input_gradient', 'weight_gradient', 'LeanConv', 'FewEntries', 'LeanPool', 'Blocks', 'geometry', 'few',
-           'eager', 'accelerate', 'keep_memory']
+           'input_gradient', 'weight_gradient', 'by_kernel', 'LeanConv', 'FewEntries', 'LeanPool', 'Blocks', 'geometry',
+           'few', 'eager', 'accelerate', 'keep_memory']
 
 # %% ../nbs/03_kernels.ipynb #ecfa9726
 import ctypes, os
@@ -141,22 +141,23 @@ def way(dtype, weight, *geometry,
         images=None, size=None   # how many, and rows and columns of the outputs; None: many and large
        ) -> str:
     "How a convolution is computed on a CPU: in 'tiles', 'direct', or by 'torch'."
-    pytorch = pytorch_convolves_bfloat16() if dtype == torch.bfloat16 else "direct"
+    pytorch = pytorch_convolves_bfloat16() if dtype == torch.bfloat16 else "float32"
     if dtype not in (kernels() or {}) or pytorch == "all": return "torch"
-    return _way_of(pytorch == "none", weight.shape, weight.requires_grad, images, size and tuple(size), *geometry)
+    return _way_of(pytorch, weight.shape, weight.requires_grad, images, size and tuple(size), *geometry)
 
 @lru_cache(1024)
-def _way_of(direct, shape, trains, images, size, stride, padding, dilation, groups):   # once for each kind of layer
+def _way_of(pytorch, shape, trains, images, size, stride, padding, dilation, groups):   # once for each kind of layer
     if shape[0]%16 or not shape[0] or dilation != (1, 1) or groups != 1: return "torch"
     if size and min(size) == 1 < shape[-1]: return "torch"   # which leaves out the border
     square = all(len({*o}) == 1 for o in (stride, padding, shape[2:]))
-    direct = "direct" if square and direct else "torch"
+    direct = "direct" if square and pytorch == "none" else "torch"
     if shape[1]%16 or (*shape[2:], *stride, *padding) != (3, 3, 1, 1, 1, 1): return direct
     if not size: return "tiles"
     tiles = -(-size[0]//4) * -(-size[1]//4)
     empty = size[0]*size[1] <= 4*tiles   # mostly: as many products as without tiles
-    few = trains and (empty or images*tiles < 64)
-    return direct if few or empty and direct != "torch" else "tiles"
+    least = 64 if direct == "direct" else max(64, shape[0]//2)   # tiles that repay a transform of the weight at every step
+    few = trains and (empty or images*tiles < least)
+    return direct if few or empty and pytorch != "float32" else "tiles"
 
 def _way(x, size, weight, bias, *geometry):   # of these images, or this gradient; size: of the outputs
     if not (weight.dtype == x.dtype and weight.device.type == x.device.type == "cpu" and x.dim() == 4 and x.numel() and min(size) > 0): return "torch"
@@ -210,6 +211,10 @@ def weight_gradient(g, x, weight, *geometry):
         (stride, padding, *rest), one = geometry, (1, 1)
         if weight.shape[2:] == one and padding == (0, 0): x, stride = x[..., ::stride[0], ::stride[1]], one   # see `bnonly.faults`
         return _gradients(g, x, weight, stride, padding, *rest, of=1)
+    return _own_weight_gradient(how, x, g, weight, *geometry)
+
+def _own_weight_gradient(how, x, g, weight, *geometry):
+    O, C = weight.shape[:2]
     x, g, own, K, (stride, pad, *_) = _channels_last(x, x.dtype), _channels_last(g, x.dtype), kernels()[x.dtype], weight.shape[-1], geometry
     dw = torch.empty_like(weight, dtype=torch.float32)
     at = Entry(*dw.stride())
@@ -217,6 +222,17 @@ def weight_gradient(g, x, weight, *geometry):
     if how == "tiles": own.winograd_gradient(*given, *where, O, threads)
     else: own.direct_gradient(*given, *where, *g.shape[2:], O, K, stride[0], pad[0], threads)
     return dw
+
+# %% ../nbs/03_kernels.ipynb #7629ec72
+def by_kernel(how:str,     # 'tiles' or 'direct'
+              x, weight,   # of one dtype, on the CPU, channels-last
+              g=None,      # for the gradient of the weight: that of the output
+              stride:int=1
+             ):
+    "A convolution of 3x3 with a border of one, or the gradient of its weight, by a kernel whichever is faster: to compare them."
+    geometry = (stride, stride), (1, 1), (1, 1), 1
+    if g is not None: return _own_weight_gradient(how, x, g, weight, *geometry)
+    return _own(how, x, weight, None, _outputs(x.shape, weight, *geometry), stride, 1)
 
 # %% ../nbs/03_kernels.ipynb #71c1b6c0
 class LeanConv(torch.autograd.Function):

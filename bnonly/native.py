@@ -126,7 +126,7 @@ def pytorch_features() -> set:
 
 def pytorch_convolves_bfloat16() -> str:
     """Which convolutions of bfloat16 PyTorch computes faster than the kernels here: 'all' with AMX; 'direct', all but
-    Winograd's, with AVX512-BF16 where there is no AVX512-FP16; else 'none' (runs/bench/cpu,kernels.json)."""
+    Winograd's, with AVX512-BF16 where there is no AVX512-FP16; else 'none' (runs/bench/cpu,*,kernels.json)."""
     found = pytorch_features()
     if "amx_bf16" in found: return "all"
     return "direct" if "avx512_bf16" in found and "avx512_fp16" not in found else "none"

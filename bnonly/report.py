@@ -435,11 +435,12 @@ def explore_command(port:int):
     serve(port)
 
 # %% ../nbs/15_report.ipynb #eaa784fe
-def bench_command(archs:str, policies:str, open_lth:str, rounds:int, ideas:bool, goals:bool, steps:bool, as_json:bool):
+def bench_command(archs:str, policies:str, open_lth:str, rounds:int, ideas:bool, kernels:bool, goals:bool, steps:bool, as_json:bool):
     "Time a training step beside what one would use instead, or what each idea gives."
-    from bnonly.bench import bench, bench_goals, bench_ideas, bench_steps, in_words
+    from bnonly.bench import bench, bench_goals, bench_ideas, bench_kernels, bench_steps, in_words
     say = lambda row: print(json.dumps(row) if as_json else in_words(row), flush=True)
     if ideas: return bench_ideas(rounds=rounds, say=say)
+    if kernels: return bench_kernels(say=say)
     if goals: return bench_goals(say=say)
     if steps: return bench_steps(say=say)
     bench(archs.split(","), policies.split(","), open_lth, rounds, say)
@@ -452,6 +453,7 @@ def bench_arguments(own):
     own.add_argument("--open-lth", default="", help="a checkout of the authors' framework, to time it too")
     own.add_argument("--rounds", type=int, default=4, help="turns of each candidate (default: %(default)s)")
     own.add_argument("--ideas", action="store_true", help="time what each idea gives instead")
+    own.add_argument("--kernels", action="store_true", help="time each kernel beside PyTorch's operator instead")
     own.add_argument("--goals", action="store_true", help="time the paper's epochs of whole runs instead, on a GPU")
     own.add_argument("--steps", action="store_true", help="time one thread's steps of many networks instead, which price a study")
     own.add_argument("--json", action="store_true", help="print a JSON line for each row")
@@ -524,7 +526,7 @@ def main(argv:list|None=None):
         elif args["command"] == "explore": explore_command(args["port"])
         elif args["command"] == "campaign": campaign_command(*(args[k] for k in ("minutes", "out", "workers", "study")))
         elif args["command"] == "study": study_command(args["name"], *(args[k] for k in ("workers", "only", "retry_failed", "dry_run", "engine", "gpus_per_run")))
-        elif args["command"] == "bench": bench_command(*(args[k] for k in ("archs", "policies", "open_lth", "rounds", "ideas", "goals", "steps", "json")))
+        elif args["command"] == "bench": bench_command(*(args[k] for k in ("archs", "policies", "open_lth", "rounds", "ideas", "kernels", "goals", "steps", "json")))
         else: dict(figures=figures_command, claims=claims_command, report=report_command)[args["command"]](args["name"])
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as e:
         sys.exit(f"bnonly: {re.sub(FASTAIS, '', str(e)) or type(e).__name__}")
