@@ -1,10 +1,13 @@
-"""Convolutions around two faults of PyTorch 2.15.0 with oneDNN 3.13.3 on a CPU, which `tests/convolution_faults.py` found.
+"""Convolutions around three faults of PyTorch 2.15.0 with oneDNN 3.13.3 on a CPU, which `tests/convolution_faults.py`
+found. All are in the gradient of the weight.
 
-1. The gradient of the weight of a strided 1x1 convolution of channels-last images with fewer than 16 channels (with AVX2
-   fewer than 8): oneDNN writes past its scratch memory. The heap is damaged, the gradient is wrong, or the threads wait for
-   ever. See https://github.com/uxlfoundation/oneDNN/issues/6035
-2. The gradient of a weight in bfloat16 where images are narrower than the stride and padding makes one column of output of
-   them: oneDNN writes nothing at some places of the weight that meet padding alone.
+1. Of a 1x1 convolution with a stride, of channels-last images with fewer than 16 channels (with AVX2: fewer than 8):
+   oneDNN writes past its scratch memory. The heap is damaged, the gradient is wrong, or the threads wait for ever.
+   See https://github.com/uxlfoundation/oneDNN/issues/6035
+2. Of a 1x1 convolution with a stride, of images of one pixel with fewer than 16 channels, in bfloat16: oneDNN reads
+   memory that nobody wrote.
+3. Of a convolution with padding, of images narrower than its stride that have one column of output, in bfloat16:
+   oneDNN writes nothing at some places of the weight that meet padding alone.
 """
 import torch.nn.functional as F
 
@@ -15,17 +18,18 @@ def pair(n) -> tuple:
 
 
 def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    "`F.conv2d` of images [N, C, H, W], whose gradients are right on a CPU too."
-    strides, pads = pair(stride), pair(padding)
+    "`F.conv2d` of images [N, C, H, W], with gradients that are right on a CPU too."
     if x.device.type != "cpu" or x.dim() != 4 or isinstance(padding, str) or pair(dilation) != (1, 1):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    strides, pads = pair(stride), pair(padding)
     if weight.shape[2:] == (1, 1) and pads == (0, 0):   # it uses one pixel in `stride`
         if strides != (1, 1): x = x[..., ::strides[0], ::strides[1]]
         return F.conv2d(x, weight, bias, groups=groups)
     for axis, s, p in zip((2, 3), strides, pads):
         n, k = x.shape[axis], weight.shape[axis]
         if not (n < s and 0 <= n + 2*p - k < s and p < k): continue
-        x, weight = x.narrow(axis, 0, min(n, k - p)), weight.narrow(axis, p, min(n, k - p))   # the others meet padding
+        used = min(n, k - p)   # of the pixels, and of the places of the weight: the others meet padding
+        x, weight = x.narrow(axis, 0, used), weight.narrow(axis, p, used)
         strides, pads = [*strides], [*pads]
         strides[axis - 2], pads[axis - 2] = 1, 0
     return F.conv2d(x, weight, bias, strides, pads, 1, groups)

@@ -1,8 +1,11 @@
-"""Search convolutions on a CPU for wrong numbers and for writes outside of their memory: python tests/convolution_faults.py --help
+"""Search convolutions on a CPU for wrong numbers and for writes outside of their memory.
 
-Numbers are small integers, so that float32 has to be exact. The memory of tensors and of oneDNN is surrounded by guard bytes
-and filled with NaNs (`guarded_malloc.c`, preloaded), so that a write outside and a number nobody wrote show. Cases of one
-instruction set run in a process of their own; one that crashes or hangs names its case, and the search goes on behind it.
+python tests/convolution_faults.py --help
+
+Numbers are small integers, so that float32 has to be exact. The memory of tensors and of oneDNN is surrounded by guard
+bytes and filled with NaNs (`guarded_malloc.c`, preloaded), so that a write outside and a number that nobody wrote show.
+The cases of one instruction set run in a process of their own; one that crashes or hangs names its case, and the search
+goes on behind it.
 """
 import argparse
 import collections
@@ -22,22 +25,23 @@ import torch
 import torch.nn.functional as F
 
 # What oneDNN and PyTorch may use: ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY. `native` is all the processor has.
-SETS = {"sse41": ("SSE41", "default"), "avx": ("AVX", "default"), "avx2": ("AVX2", "avx2"), "avx2_vnni": ("AVX2_VNNI", "avx2"),
-        "avx2_vnni_2": ("AVX2_VNNI_2", "avx2"), "avx512": ("AVX512_CORE", "avx512"), "avx512_vnni": ("AVX512_CORE_VNNI", "avx512"),
-        "avx512_bf16": ("AVX512_CORE_BF16", "avx512"), "native": ("DEFAULT", ""), "native_avx2": ("DEFAULT", "avx2"),
-        "native_default": ("DEFAULT", "default")}
+SETS = {"sse41": ("SSE41", "default"), "avx": ("AVX", "default"), "avx2": ("AVX2", "avx2"),
+        "avx2_vnni": ("AVX2_VNNI", "avx2"), "avx2_vnni_2": ("AVX2_VNNI_2", "avx2"), "avx512": ("AVX512_CORE", "avx512"),
+        "avx512_vnni": ("AVX512_CORE_VNNI", "avx512"), "avx512_bf16": ("AVX512_CORE_BF16", "avx512"),
+        "native": ("DEFAULT", ""), "native_avx2": ("DEFAULT", "avx2"), "native_default": ("DEFAULT", "default")}
 CHANNELS = 1, 2, 3, 4, 5, 6, 7, 8, 12, 15, 16, 17, 24, 32, 48, 64
 SIZES = 1, 2, 3, 4, 5, 7, 8, 13, 16, 32
 BATCHES = 1, 2, 3, 7, 16, 80, 128
 LAYOUTS = {"last": torch.channels_last, "first": torch.contiguous_format}
 PASSES = "forward", "input", "weight", "bias"
-Case = collections.namedtuple("Case", "n c o k stride pad h w groups dtype layout weights grad bias threads", defaults=(
-    1, "float32", "last", "last", "dense", False, 1))   # the layouts of the images, of the weight, and of the gradient that comes in
+# `layout` is that of the images, `weights` that of the weight, `grad` that of the gradient that comes in
+Case = collections.namedtuple("Case", "n c o k stride pad h w groups dtype layout weights grad bias threads",
+                              defaults=(1, "float32", "last", "last", "dense", False, 1))
 
 
 def valid(case, most=2e7):
     "Whether a case has an output, and is small enough to be computed in float64."
-    rows, cols = ((n + 2*case.pad - case.k)//case.stride + 1 for n in (case.h, case.w))
+    rows, cols = outputs(case)
     divides = case.c % case.groups == 0 and case.o % case.groups == 0
     return rows > 0 and cols > 0 and divides and case.n*case.c*case.o*rows*cols*case.k**2/case.groups <= most
 
@@ -46,14 +50,19 @@ def sample(count, seed):
     "Random cases; every value of one property meets every value of another after some thousands."
     draw, cases = random.Random(seed), []
     while len(cases) < count:
-        c, o, k, size = draw.choice(CHANNELS), draw.choice(CHANNELS), draw.choice((1, 3, 5, 7)), draw.choice(SIZES)
-        groups = c if draw.random() < .15 else 1
-        case = Case(draw.choice(BATCHES), c, c if groups > 1 else o, k, draw.choice((1, 2)), draw.choice((0, k//2)), size,
-                    size if draw.random() < .85 else draw.choice(SIZES), groups, draw.choice(("float32", "bfloat16")),
-                    *(draw.choice(("last", "last", "first")) for _ in range(2)), draw.choice(("dense", "first", "expanded")),
-                    draw.random() < .3, draw.choice((1, 2, 3, 8)))
+        one = draw.choice
+        c, o, k, size, deep = one(CHANNELS), one(CHANNELS), one((1, 3, 5, 7)), one(SIZES), draw.random() < .15
+        case = Case(one(BATCHES), c, c if deep else o, k, one((1, 2)), one((0, k//2)), size,
+                    size if draw.random() < .85 else one(SIZES), c if deep else 1, one(("float32", "bfloat16")),
+                    one(("last", "last", "first")), one(("last", "last", "first")), one(("dense", "first", "expanded")),
+                    draw.random() < .3, one((1, 2, 3, 8)))
         if valid(case): cases.append(case)
     return cases
+
+
+def outputs(case):
+    "Rows and columns of the output."
+    return [(n + 2*case.pad - case.k)//case.stride + 1 for n in (case.h, case.w)]
 
 
 def tensors(case):
@@ -61,10 +70,10 @@ def tensors(case):
     g = torch.Generator().manual_seed(0)
     ints = lambda *shape: torch.randint(-3, 4, shape, generator=g).to(getattr(torch, case.dtype))
     laid = lambda t, how: t.contiguous(memory_format=LAYOUTS[how])
-    x, w = laid(ints(case.n, case.c, case.h, case.w), case.layout), laid(ints(case.o, case.c//case.groups, case.k, case.k), case.weights)
-    rows, cols = ((n + 2*case.pad - case.k)//case.stride + 1 for n in (case.h, case.w))
-    if case.grad == "expanded": dy = ints(case.n, case.o, 1, 1).expand(-1, -1, rows, cols)
-    else: dy = laid(ints(case.n, case.o, rows, cols), "first" if case.grad == "first" else case.layout)
+    x = laid(ints(case.n, case.c, case.h, case.w), case.layout)
+    w = laid(ints(case.o, case.c//case.groups, case.k, case.k), case.weights)
+    if case.grad == "expanded": dy = ints(case.n, case.o, 1, 1).expand(-1, -1, *outputs(case))
+    else: dy = laid(ints(case.n, case.o, *outputs(case)), "first" if case.grad == "first" else case.layout)
     return x, w, ints(case.o) if case.bias else None, dy
 
 
@@ -84,12 +93,13 @@ def passes(convolution, case, x, w, b, dy, said=lambda name: None):
 def exact(case, x, w, b, dy):
     "The same in float64, in contiguous memory, where PyTorch asks nothing of oneDNN; and the sums of absolute values."
     double = [t if t is None else t.double().contiguous() for t in (x, w, b, dy)]
-    whole, size = passes(F.conv2d, case, *double), passes(F.conv2d, case, *(t if t is None else t.abs() for t in double))
+    whole = passes(F.conv2d, case, *double)
+    size = passes(F.conv2d, case, *(t if t is None else t.abs() for t in double))
     return {name: (whole[name], size[name]) for name in whole}
 
 
 def judge(got, exact, size, tolerance):
-    "What is wrong with a result: '', 'unwritten' (a NaN), 'wrong', or 'rounded' where sums were rounded to bfloat16 as well."
+    "What is wrong with a result: '', 'unwritten' (a NaN), 'wrong', or 'rounded': partial sums too were in bfloat16."
     if not got.isfinite().all(): return "unwritten"
     if got.shape != exact.shape: return "wrong"
     error = (got.double() - exact).abs()
@@ -115,12 +125,13 @@ def run(convolution, case, guard, tolerance=0, repeats=2):
         except RuntimeError as e: return [["?", f"error: {e}"[:120], 0]]
         for name, got in results.items():
             if kind := judge(got, *right[name], tolerance): faults.append((name, kind, 0))
-    if any(t is not None and not torch.equal(t, b) for t, b in zip(inputs, before)): faults.append(("?", "inputs changed", 0))
+    changed = any(t is not None and not torch.equal(t, b) for t, b in zip(inputs, before))
+    if changed: faults.append(("?", "inputs changed", 0))
     return sorted({(p, kind): [p, kind, far] for p, kind, far in faults}.values())
 
 
 def layer(x, weight, bias=None, stride=1, padding=0, groups=1):
-    "A convolution as a layer of a network that trains computes it. It may sum up in another way: `--tolerance 1e-5`."
+    "A convolution as a layer of a network that trains computes it. It may add in another order."
     from bnonly.train import prepare
     o, c, k, _ = weight.shape
     conv = torch.nn.Conv2d(c*groups, o, k, stride, padding, groups=groups, bias=bias is not None)
@@ -141,7 +152,8 @@ def work(through, tolerance):
 def compiled(folder):
     "The guarding library, compiled."
     library = Path(folder)/"guarded_malloc.so"
-    subprocess.run(["cc", "-O2", "-shared", "-fPIC", Path(__file__).with_name("guarded_malloc.c"), "-o", library], check=True)
+    source = Path(__file__).with_name("guarded_malloc.c")
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", source, "-o", library], check=True)
     return library
 
 
@@ -154,22 +166,28 @@ def environment(isa, library):
 
 
 def within(answers, seconds):
-    "The next answer, or None; the seconds are waited for in parts, since whoever stops all processes for a while stops no clock."
+    "The next answer, or None; waited for in parts, since a pause of all processes stops no clock."
     for _ in range(4):
         try: return answers.get(timeout=seconds/4)
         except Empty: pass
 
 
+def start(isa, library, through, tolerance):
+    "A process that runs cases, and the queue of its answers; an empty one says that it has ended."
+    command = [sys.executable, __file__, "--worker", "--through", through, "--tolerance", str(tolerance)]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              env=environment(isa, library))
+    answers = Queue()
+    threading.Thread(target=lambda: [*map(answers.put, worker.stdout), answers.put("")], daemon=True).start()
+    if not within(answers, 300): raise RuntimeError(f"The search did not start: {command} ended with {worker.poll()}.")
+    return worker, answers
+
+
 def search(cases, isa, through, library, patience=60, tolerance=0):
-    "The faults of all cases: a list of (case, [[pass, kind, bytes outside]]); a case hangs after `patience` seconds."
+    "The faults of all cases, as (case, [[pass, kind, bytes outside]]); a case hangs after `patience` seconds."
     found, left = [], list(cases)
     while left:
-        worker = subprocess.Popen([sys.executable, __file__, "--worker", "--through", through, "--tolerance", str(tolerance)], text=True,
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(isa, library))
-        answers = Queue()
-        threading.Thread(target=lambda: [*map(answers.put, worker.stdout), answers.put("")], daemon=True).start()
-        if not within(answers, 300): raise RuntimeError(f"The search did not start: {worker.args} ended with {worker.poll()}.")
-        answer = "ready"
+        (worker, answers), answer = start(isa, library, through, tolerance), "ready"
         while left and answer:
             case = left.pop(0)
             try:
@@ -185,20 +203,20 @@ def search(cases, isa, through, library, patience=60, tolerance=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", type=int, default=300, help="of each instruction set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--isa", nargs="+", choices=SETS, default=[*SETS])
     parser.add_argument("--through", default="torch.nn.functional:conv2d",
-                        help="module:function(x, weight, bias=, stride=, padding=, groups=): `convolution_faults:layer` is bnonly's own")
-    parser.add_argument("--tolerance", type=float, default=0, help="in float32, as a share of the sum of absolute values")
+                        help="module:function of (x, weight, bias=, stride=, padding=, groups=); that of the project's "
+                             "networks: convolution_faults:layer, with --tolerance 1e-5")
+    parser.add_argument("--tolerance", type=float, default=0, help="in float32, as a share of the sum of absolutes")
     parser.add_argument("--json", type=Path, help="where to write all faults")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker: return work(args.through, args.tolerance)
-    version = torch.__config__.show().partition("MKL-DNN) v")[2].split(" ")[0]
-    told = {}
-    print(f"PyTorch {torch.__version__}, oneDNN {version}, {args.through}, seed {args.seed}")
+    version, told = torch.__config__.show().partition("MKL-DNN v")[2].split(" ")[0], {}
+    print(f"PyTorch {torch.__version__}, oneDNN {version}, {args.through}, seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         library = compiled(folder)
         for isa in args.isa:
@@ -206,7 +224,8 @@ def main():
             kinds = collections.Counter((p, kind) for _, faults in told[isa] for p, kind, _ in faults)
             counts = ", ".join(f"{name} {kind}: {n}" for (name, kind), n in sorted(kinds.items()))
             print(f"{isa}: {args.cases} cases, {counts or 'no fault'}", flush=True)
-    if args.json: args.json.write_text(json.dumps({isa: [(c._asdict(), f) for c, f in found] for isa, found in told.items()}))
+    if args.json:
+        args.json.write_text(json.dumps({isa: [(c._asdict(), faults) for c, faults in l] for isa, l in told.items()}))
 
 
 if __name__ == "__main__": main()
