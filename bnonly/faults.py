@@ -1,13 +1,12 @@
-"""Convolutions around three faults of PyTorch 2.15.0 with oneDNN 3.13.3 on a CPU, which `tests/convolution_faults.py`
-found. All are in the gradient of the weight.
+"""Convolutions around two faults of PyTorch 2.15.0 with oneDNN 3.13.3 on a CPU, which `tests/convolution_faults.py`
+found. Both are in the gradient of the weight.
 
 1. Of a 1x1 convolution with a stride, of channels-last images with fewer than 16 channels (with AVX2: fewer than 8):
    oneDNN writes past its scratch memory. The heap is damaged, the gradient is wrong, or the threads wait for ever.
    See https://github.com/uxlfoundation/oneDNN/issues/6035
-2. Of a 1x1 convolution with a stride, of images of one pixel with fewer than 16 channels, in bfloat16: oneDNN reads
-   memory that nobody wrote.
-3. Of a convolution with padding, of images narrower than its stride that have one column of output, in bfloat16:
-   oneDNN writes nothing at some places of the weight that meet padding alone.
+2. In bfloat16, of images that are narrower than the stride and have one column of output: some places of the gradient
+   hold whatever the memory held before. With padding these are places of the weight that meet padding alone; a 1x1
+   convolution of fewer than 16 channels has them too.
 """
 import torch.nn.functional as F
 
