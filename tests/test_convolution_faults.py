@@ -51,9 +51,8 @@ def test_the_search_notices(kind, library):
 
 @guarded
 @pytest.mark.parametrize("isa", ["native", "avx2"])
-@pytest.mark.parametrize("cases", [STRIDED + ONE_PIXEL, NARROW, SAMPLE], ids=["strided", "narrow", "sample"])
-def test_no_case_has_a_fault_on_the_way_around(cases, isa, library):
-    found = search(cases, isa, "bnonly.faults:conv2d", library)
+def test_no_case_has_a_fault_on_the_way_around(isa, library):
+    found = search(STRIDED + ONE_PIXEL + NARROW + SAMPLE, isa, "bnonly.faults:conv2d", library)
     assert not [(case, faults) for case, faults in found if any(kind != "rounded" for _, kind, _ in faults)]
 
 
