@@ -81,7 +81,8 @@ print(*(m for m in ("torch._dynamo", "sympy", "torchvision") if m in sys.modules
 
 def test_neither_a_compiler_nor_torchvision_is_imported_before_the_first_step_ends():
     "ResNet-14 on digits, which needs neither."
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", START], capture_output=True, text=True, check=True).stdout.split() == []
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", START], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 LATER = """

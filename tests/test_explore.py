@@ -43,15 +43,18 @@ PICTURES = "distributions", "clamping", "silence", "learning"
 
 
 def test_a_change_draws_what_it_concerns_once_and_reads_no_features(explorer, monkeypatch):
-    "Another threshold draws two pictures, other curves one, another run all four. No network is evaluated: there is no torch in `bnonly.explore`."
+    """Another threshold draws two pictures, other curves one, another run all four.
+
+    No network is evaluated: `bnonly.explore` imports no torch (tests/test_repository.py)."""
     calls = []
     for name in (*PICTURES, "kept", "records"):
         f = getattr(explore, name)
-        monkeypatch.setattr(explore, name, functools.wraps(f)(lambda *args, f=f: (calls.append(f.__name__), f(*args))[1]))
+        counted = functools.wraps(f)(lambda *args, f=f: (calls.append(f.__name__), f(*args))[1])
+        monkeypatch.setattr(explore, name, counted)
     own, choices = explore.choices("decay"), explorer.choices
-    changes = [(choices["study"], "decay", PICTURES), (explorer.threshold, .2, PICTURES[:2]), (choices["policy"], "bn", PICTURES),
-               (choices["rest"], own[own.policy == "bn"].rest.iloc[1], PICTURES), (explorer.others, tuple(own.folder[:3]), PICTURES[3:]),
-               (choices["study"], "short", PICTURES), (choices["arch"], "resnet32", PICTURES)]
+    changes = [(choices["study"], "decay", PICTURES), (explorer.threshold, .2, PICTURES[:2]),
+               (choices["policy"], "bn", PICTURES), (choices["rest"], own[own.policy == "bn"].rest.iloc[1], PICTURES),
+               (explorer.others, tuple(own.folder[:3]), PICTURES[3:]), (choices["study"], "short", PICTURES), (choices["arch"], "resnet32", PICTURES)]
     for widget, value, drawn in changes:
         assert widget.value != value
         calls.clear()

@@ -34,7 +34,8 @@ def test_weights_do_not_depend_on_threads_or_instruction_set():
            "from test_models import FEATURES, digest; print(*(digest('resnet14', i) for i in FEATURES))"
     run = lambda n, **env: subprocess.run([sys.executable, "-c", code, str(n)], env=os.environ | env,
                                           capture_output=True, text=True, check=True).stdout.strip()
-    assert {run(1), run(2), run(2, ATEN_CPU_CAPABILITY="default", OMP_NUM_THREADS="1")} == {" ".join(digest("resnet14", i) for i in FEATURES)}
+    here = " ".join(digest("resnet14", i) for i in FEATURES)
+    assert {run(1), run(2), run(2, ATEN_CPU_CAPABILITY="default", OMP_NUM_THREADS="1")} == {here}
 
 
 def test_features_are_golden():
