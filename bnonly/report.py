@@ -6,9 +6,10 @@
 __all__ = ['MAIN', 'STYLE', 'SORTING', 'CAPTIONS', 'THE_PAPERS', 'BESIDES', 'TABLES', 'HEADLINE', 'COMMANDS', 'BETWEEN',
            'FASTAIS', 'drawing', 'execute', 'as_html', 'pages', 'page', 'table_html', 'captions', 'stand_ins',
            'caption', 'told', 'picture', 'pictures', 'figures_html', 'spread', 'answer', 'claims', 'claims_html',
-           'recipe_html', 'overview', 'runs_page', 'site', 'settings', 'inputs', 'figures', 'report', 'train_command',
-           'study_command', 'report_command', 'figures_command', 'claims_command', 'campaign_command',
-           'explore_command', 'bench_command', 'bench_arguments', 'parser', 'check', 'valid', 'main']
+           'unmeasured', 'unmeasured_html', 'recipe_html', 'overview', 'runs_page', 'site', 'settings', 'inputs',
+           'figures', 'report', 'train_command', 'study_command', 'report_command', 'figures_command', 'claims_command',
+           'campaign_command', 'explore_command', 'bench_command', 'bench_arguments', 'parser', 'check', 'valid',
+           'main']
 
 # %% ../nbs/15_report.ipynb #ae39b163
 import hashlib, html, json, os, re, shutil, signal, sys, warnings
@@ -272,6 +273,21 @@ def claims_html(found) -> str:   # found: as `claims` gives it
             "<a href='claims.html'>All of them</a>, with the runs that the others need.</p>"
             + table_html(found[found.verdict != "not measured"].drop(columns=["id", "needs"]), "claims"))
 
+# %% ../nbs/15_report.ipynb #0d4b6e91
+def unmeasured(study:str) -> list[dict]:   # run, state, error
+    "The planned runs that have no record, and the errors of those that failed."
+    from bnonly.sweep import failure, state
+    measured = {Path(r["folder"]).name for r in records(study)}
+    left = [s for s in preset(study) if s.key not in measured]
+    return [dict(run=s.key, state=state(s, study), error=failure(s, study, "error") or "") for s in left]
+
+def unmeasured_html(study:str) -> str:
+    "The sentence on them; where there is none, nothing."
+    left = unmeasured(study)
+    failed = sum(bool(r["error"]) for r in left)
+    counts = f"<a href='runs.html#unmeasured'>{len(left)} of {len(preset(study))} planned runs</a>"
+    return f"Not measured: {counts}{f' ({failed} failed)' if failed else ''}." if left else ""
+
 # %% ../nbs/15_report.ipynb #d556fe14
 def recipe_html(study:str) -> str:
     "Every setting of the runs, those that settings.ini leaves at their defaults too, and what they were trained with."
@@ -286,14 +302,14 @@ HEADLINE = "fig02", "fig01", "fig_mlp3"   # the first of them that a study has o
 def overview(study:str) -> str:   # HTML
     "The first page of a report."
     from bnonly.accuracy import left_out, ordering
-    table, plan, sealed, drawn, ledger = results(study), preset(study), records(study), pictures(study), claims(study)
+    table, sealed, drawn, ledger = results(study), records(study), pictures(study), claims(study)
     first = sorted(drawn, key=lambda f: HEADLINE.index(f.stem) if f.stem in HEADLINE else len(HEADLINE))[:1]
     hosts = sorted({f"{r['machine']['device']} ({r['machine']['processor']}, {r['dtype']})" for r in sealed})
-    short = len({s.key for s in plan} - {Path(f).name for f in table.folder})
     besides = left_out(table) if drawing(study) == drawing(MAIN) else ""   # the other papers' figures show the other recipes
     return page(f"bnonly: {study}", f"""<h1>Training only BatchNorm: the study <em>{html.escape(study)}</em></h1>
 <blockquote>{len(table)} runs on {', '.join(sorted(set(table.images)))}, {', '.join(f'{e} epochs' for e in sorted(set(table.epochs)))},
-{table.seconds.sum()/60:.0f} minutes of training on {'; '.join(hosts)}. {f'{short} planned runs are not measured.' if short else ''} {html.escape(besides)}</blockquote>
+{table.seconds.sum()/60:.0f} minutes of training on {'; '.join(hosts)}.
+{unmeasured_html(study)} {html.escape(besides)}</blockquote>
 {''.join(picture(f, stand_ins(table)) for f in first)}
 <p class=noprint><a href='figures.html'>All {len(drawn)} figures</a> with their data, <a href='runs.html'>every run</a>, <a href='settings.html'>the settings</a> that made them.</p>
 <h2>Does the paper's ordering hold?</h2>{answer(ordering(table), ledger)}
@@ -303,12 +319,16 @@ def overview(study:str) -> str:   # HTML
 # %% ../nbs/15_report.ipynb #fce40b62
 def runs_page(study:str) -> str:   # HTML
     "Every run of a study, to sort and filter."
+    import pandas as pd
     table = results(study)
     shown = table.drop(columns=["study", "folder", "epoch"], errors="ignore").sort_values(["arch", "policy", "seed"], key=lambda c: c.map(parse_arch) if c.name == "arch" else c)
     shown = shown[[c for c in shown if shown[c].nunique() > 1 or c in ("arch", "policy", "seed", "data", "status", "epochs")]]
+    left = unmeasured(study)
+    rest = f"<h2 id=unmeasured>Planned, but not measured</h2>{table_html(pd.DataFrame(left))}" if left else ""
     write(runs_dir()/study/"report"/"runs.csv", table.drop(columns="folder").to_csv(index=False))
     return page(f"Every run: {study}", f"""<h1>Every run</h1><p class=noprint><input type=search id=find placeholder='filter, e.g. resnet56 =bn' aria-label='filter the runs'>
-<span class=small><span id=count>{len(shown)}</span> of {len(shown)} runs · <a href='runs.csv'>data (CSV)</a></span></p>{table_html(shown, 'runs', '{:.4g}')}""", study, "runs", SORTING)
+<span class=small><span id=count>{len(shown)}</span> of {len(shown)} runs · <a href='runs.csv'>data (CSV)</a></span></p>
+{table_html(shown, 'runs', '{:.4g}')}{rest}""", study, "runs", SORTING)
 
 def site(study:str):
     "Write every page of a report but those of the executed notebooks."
@@ -336,6 +356,7 @@ def inputs(study:str) -> str:
     "A digest of everything a report is made from."
     h = hashlib.sha256(settings(study).encode())
     for r in records(study): h.update(r["seal"].encode())
+    h.update(json.dumps(unmeasured(study)).encode())
     for f in sorted((root()/"nbs").glob("*.ipynb")): h.update(f.read_bytes())
     return h.hexdigest()
 
@@ -378,7 +399,7 @@ def train_command(spec:Spec, study:str):
     line(f"{spec.key}: {record['status']}, test accuracy {record['final']['accuracy']:.2f}%", end=True)
 
 def study_command(study:str, workers:int=0, only:str="", retry_failed:bool=False, dry_run:bool=False,
-                  engine:str="joblib", gpus_per_run:float=0):
+                  engine:str="processes", gpus_per_run:float=0):
     "Train what a study still lacks."
     from bnonly.features import analyse
     from bnonly.sweep import ENGINES, Line, clock, expected, missing, own_cores, retry, select, state, sweep
@@ -484,7 +505,8 @@ def parser():
             own.add_argument("--workers", type=int, default=0, help="processes; 0 is one for each core (default: 0)")
             own.add_argument("--only", default="", help="part of the study, e.g. 'policy=bn arch=resnet56,resnet110'")
             own.add_argument("--retry-failed", action="store_true", help="take up again what failed or diverged")
-            own.add_argument("--engine", default="joblib", help="joblib (this machine) or ray (a cluster, $RAY_ADDRESS) (default: joblib)")
+            own.add_argument("--engine", default="processes",
+                             help="processes (of this machine) or ray (a cluster, $RAY_ADDRESS) (default: %(default)s)")
             own.add_argument("--gpus-per-run", type=float, default=0, help="with ray: GPUs for each run, e.g. 0.2 (default: 0)")
             own.add_argument("--dry-run", action="store_true", help="list the runs that are missing and train nothing")
     bench_arguments(commands.add_parser("bench", help="time a training step beside what one would use instead"))

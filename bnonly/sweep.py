@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['ENGINES', 'PRICED', 'TRAINING', 'FAMILIES', 'state', 'failure', 'missing', 'retry', 'select', 'cost', 'expected',
            'clock', 'run_cell', 'png', 'papermill', 'execute', 'keep', 'kept', 'unfinished', 'train_one', 'note',
-           'own_cores', 'by_joblib', 'by_ray', 'sweep', 'Watch', 'epochs_done', 'Line', 'alike', 'steps', 'per_image',
-           'core_hours', 'price']
+           'died', 'by_processes', 'by_ray', 'held', 'outcomes', 'sweep', 'Watch', 'epochs_done', 'Line', 'alike',
+           'steps', 'per_image', 'core_hours', 'price']
 
 # %% ../nbs/05_sweep.ipynb #0017abd7
 import ast, hashlib, json, linecache, os, platform, re, sys, threading, time, traceback, warnings
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from dataclasses import asdict, fields, replace
 from functools import partial
 from io import BytesIO, StringIO
@@ -23,7 +24,9 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../nbs/05_sweep.ipynb #5fc7449b
-from .experiment import BrokenRecord, Claim, Spec, choose, load_record, parse_arch, preset, results, root, run_dir, runs_dir, write
+from .experiment import (BrokenRecord, Claim, Spec, choose, claims, load_record, parse_arch, preset, results, root,
+                               run_dir, runs_dir, void, write)
+from .workers import WorkerDied, in_processes, own_cores
 
 # %% ../nbs/05_sweep.ipynb #ed760f0f
 def state(spec:Spec, study:str) -> str:   # complete, diverged, failed, broken or missing
@@ -32,9 +35,9 @@ def state(spec:Spec, study:str) -> str:   # complete, diverged, failed, broken o
     except BrokenRecord: return "broken"
     return record["status"] if record else "failed" if failure(spec, study) else "missing"
 
-def failure(spec:Spec, study:str) -> str|None:
+def failure(spec:Spec, study:str, what:str="traceback") -> str|None:   # what: or its one line, 'error'
     "The traceback of a run that failed."
-    try: return json.loads((run_dir(spec, study)/"failed.json").read_text())["traceback"]
+    try: return json.loads((run_dir(spec, study)/"failed.json").read_text())[what]
     except FileNotFoundError: return None
     except (OSError, ValueError, KeyError) as e: return f"failed.json cannot be read: {e}"
 
@@ -179,6 +182,7 @@ def train_one(spec:Spec, study:str, threads:int=1, after=None) -> tuple:   # the
         executed = execute(spec, study, threads)
         if after and state(spec, study) == "complete": after(spec, study)
         keep(executed, folder)
+        (folder/"failed.json").unlink(missing_ok=True)   # of an analysis that failed before
         return spec, "done", None
     except KeyboardInterrupt:
         if not claim.lost: raise
@@ -196,22 +200,29 @@ def note(spec:Spec, study:str, error:Exception) -> str:   # the traceback
     except OSError as e: trace += f"{e}\n"
     return trace
 
-# %% ../nbs/05_sweep.ipynb #dab5c051
-def own_cores() -> int:
-    "The cores that this process may use; Slurm gives it some of a machine's."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# %% ../nbs/05_sweep.ipynb #c0a7e35d
+def died(spec:Spec, study:str, error:WorkerDied) -> tuple:   # as `train_one`
+    "What became of a run that has ended its process: 'failed', unless another process has taken it up."
+    claim = Claim(folder := run_dir(spec, study))
+    try:
+        if not claim.take(): return spec, "taken", None
+        return (spec, "done", None) if kept(folder) else (spec, "failed", note(spec, study, error))
+    except OSError as e: return spec, "failed", f"{error}\n{e}"
+    finally: claim.release()
 
-def by_joblib(todo:list, workers:int, task) -> Iterator:   # task: from a spec to what `train_one` returns
-    "Results of a task over specs, as they come, from processes of this machine."
-    from joblib import Parallel, delayed
-    warnings.filterwarnings("ignore", "A worker stopped while some jobs")   # loky renews a worker whose memory grows, as ours shall
-    return Parallel(min(workers, len(todo)), idle_worker_timeout=10, return_as="generator_unordered")(delayed(task)(s) for s in todo)
+# %% ../nbs/05_sweep.ipynb #dab5c051
+def by_processes(todo:list, workers:int, task) -> Iterator:   # task: from a spec to what `train_one` returns
+    "Results of a task over specs, as they come, from processes of this machine; where one died, 'died' and how."
+    for spec,told in in_processes(task, todo, workers, spoilt=lambda told: told[1] == "failed"):
+        yield (spec, "died", told) if isinstance(told, WorkerDied) else told
 
 # %% ../nbs/05_sweep.ipynb #ecdec12d
 def by_ray(todo:list, workers:int, task, gpus:float=0) -> Iterator:   # gpus: for each run, a fraction where several share one
     "Results of a task over specs, as they come, from a Ray cluster."
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try: import ray
+    try:
+        import ray
+        from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
     except ImportError as e: raise ImportError(f"the engine 'ray' needs {e.name}, which is not installed; pip install 'bnonly[ray]'.") from None
     if not ray.is_initialized():
         try: ray.init(address="auto", log_to_driver=False)   # $RAY_ADDRESS, or a cluster that runs on this machine
@@ -219,22 +230,57 @@ def by_ray(todo:list, workers:int, task, gpus:float=0) -> Iterator:   # gpus: fo
             if os.environ.get("RAY_ADDRESS"): raise
             ray.init(address="local", include_dashboard=False, num_cpus=workers, log_to_driver=False)
     env = {k: os.environ[k] for k in ("BNONLY_DATA", "OMP_NUM_THREADS", "PYTHONPATH") if k in os.environ}
-    options = dict(num_cpus=1, num_gpus=gpus if ray.cluster_resources().get("GPU") else 0, max_retries=-1, scheduling_strategy="SPREAD",
+    options = dict(num_cpus=1, num_gpus=gpus if ray.cluster_resources().get("GPU") else 0,
+                   max_retries=0, scheduling_strategy="SPREAD",
                    runtime_env=dict(env_vars=env | dict(BNONLY_RUNS=str(runs_dir().resolve()))))
-    waiting = [ray.remote(lambda s: task(s)).options(**options).remote(s) for s in todo]
+    start = ray.remote(lambda s: task(s)).options(**options).remote
+    waiting = {start(s): s for s in todo}
     while waiting:
-        ready, waiting = ray.wait(waiting)
-        yield from ray.get(ready)
+        (ready,), _ = ray.wait([*waiting])
+        spec = waiting.pop(ready)
+        try: told = ray.get(ready)
+        except NodeDiedError: waiting[start(spec)] = spec; continue
+        except (WorkerCrashedError, OutOfMemoryError) as e:
+            told = spec, "died", WorkerDied(f"its process died, and Ray raised {type(e).__name__}", str(e))
+        yield told
 
-ENGINES = dict(joblib=by_joblib, ray=by_ray)   # name to what `sweep` takes as run
+ENGINES = dict(processes=by_processes, ray=by_ray)   # name to what `sweep` takes as run
+
+# %% ../nbs/05_sweep.ipynb #a86f03c7
+def held(spec:Spec, study:str) -> bool:
+    "Whether a process that lives, or may live, has claimed a run."
+    last = claims(run_dir(spec, study))[-1:]
+    try: return bool(last) and not void(last[0])
+    except OSError: return False   # a full disk: `train_one` says so
+
+def outcomes(study:str, todo:list,
+             run,                      # an engine that has its workers and its task
+             say, pause:float          # of `sweep`
+            ) -> Iterator:             # of what `train_one` returns
+    "What became of each run in the end: 'done' or 'failed', with a traceback."
+    tried = set()
+    while todo:
+        taken, again = {s for s in todo if held(s, study)}, []
+        with closing(run([s for s in todo if s not in taken])) as results:
+            for spec,how,told in results:
+                if how == "died" and spec not in tried:
+                    tried.add(spec); again.append(spec)
+                    say(f"{spec.key}: {told}; it is tried once more")
+                    if told.words: print(f"\n{told.words}", file=sys.stderr)
+                    continue
+                if how == "died": spec, how, told = died(spec, study, told)
+                if how == "taken": taken.add(spec)
+                else: yield spec, how, told
+        if taken and not again: time.sleep(pause)
+        todo = again + [s for s in todo if s in taken]
 
 # %% ../nbs/05_sweep.ipynb #e02008fe
 def sweep(study:str,                      # a section of settings.ini, or a folder
           specs:list[Spec]|None=None,     # default: the runs of that section
           workers:int=0,                  # processes; 0 is one for each core, 1 trains one run after the other
-          after=None,                     # called with the spec and the study after each run
+          after=None,                     # called with the spec and the study after each run, in its process
           say=print,                      # called with each line of progress
-          run=by_joblib,                  # the engine
+          run=by_processes,               # the engine
           pause:float=5                   # seconds between lines, and between looks at runs that others train
          ) -> dict:                       # key to traceback, for the runs that failed
     "Train the missing runs of a study."
@@ -244,15 +290,11 @@ def sweep(study:str,                      # a section of settings.ini, or a fold
     told = re.match(r"\s*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))   # OpenMP knows '4,2' as well: the first counts
     threads = int(told[1]) if told else max(1, cores//min(workers, max(1, len(todo))))
     task = partial(train_one, study=study, threads=threads, after=after)
-    with Watch(study, todo, min(workers, len(todo)), say, pause) as watch:
-        while todo:
-            taken = []
-            for spec,how,trace in run(todo, workers, task):
-                if how == "taken": taken.append(spec); continue
-                if how == "failed": failed[spec.key] = trace
-                watch.finished(spec)
-            if taken: time.sleep(pause)
-            todo = taken
+    ended = outcomes(study, todo, lambda free: run(free, workers, task), say, pause)
+    with Watch(study, todo, min(workers, len(todo)), say, pause) as watch, closing(ended):
+        for spec,how,trace in ended:
+            if how == "failed": failed[spec.key] = trace
+            watch.finished(spec)
     return failed
 
 def _broken(spec, study):

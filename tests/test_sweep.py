@@ -1,20 +1,59 @@
 "Many runs, in spite of everything."
 import errno
+import json
 import os
+import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from bnonly import experiment
 from bnonly.experiment import Claim, Spec, claims, load_record, results, run_dir
-from bnonly.sweep import by_ray, failure, kept, missing, retry, state, sweep, unfinished
+from bnonly.sweep import by_processes, by_ray, failure, kept, missing, retry, state, sweep, unfinished
 from bnonly.train import fit
 from test_train import Stop
 
 ROOT = Path(__file__).parents[1]
 TINY = Spec(arch="resnet8", epochs=2)
 quiet = lambda _: None
+
+
+def here(todo, workers, task):
+    "An engine without processes, for what can be seen in this one only."
+    yield from map(task, todo)
+
+
+def striking(victim, how, log, times=9, engine=by_processes):
+    "An engine in which one run strikes its own process after its first epoch, so many times; each try is written down."
+    def strike():
+        while not (run_dir(victim, "struck") / "metrics.csv").exists(): time.sleep(.01)
+        how()
+
+    def run(todo, workers, task):
+        def call(spec):
+            if spec == victim:
+                with open(log, "a") as f: f.write("tried\n")
+                if log.read_text().count("\n") <= times: threading.Thread(target=strike, daemon=True).start()
+            return task(spec)
+        yield from engine(todo, workers, call)
+    return run
+
+
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exhaust_memory():
+    "Take whatever is left of a limit, and whatever anyone else gives back."
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2**26,) * 2)
+    hoard = []
+    while True:
+        try: hoard.append(bytearray(2**16))
+        except MemoryError: time.sleep(.001)
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been_killed():
@@ -51,13 +90,13 @@ def test_a_run_cut_off_before_its_notebook_gets_its_analysis_and_is_not_trained_
     def after(spec, study): seen.append(spec)
     record = fit(TINY)
     assert missing("scratch", [TINY]) == [] and unfinished("scratch", [TINY]) == [TINY]
-    assert sweep("scratch", [TINY], workers=1, say=quiet, after=after) == {}
+    assert sweep("scratch", [TINY], after=after, say=quiet, run=here) == {}
     notebook = run_dir(TINY) / "train.ipynb"
     assert kept(run_dir(TINY)) and seen == [TINY] and load_record(run_dir(TINY)) == record
     good = notebook.read_text()
     assert 'arch = \\"resnet8\\"' in good and "test accuracy" in good and "image/png" in good
     notebook.write_text(good.replace("resnet8", "resnet9"))
-    assert not kept(run_dir(TINY)) and sweep("scratch", [TINY], workers=1, say=quiet) == {} and kept(run_dir(TINY))
+    assert not kept(run_dir(TINY)) and sweep("scratch", [TINY], say=quiet, run=here) == {} and kept(run_dir(TINY))
 
 
 def test_a_full_disk_is_named_and_keeps_the_last_good_state(monkeypatch):
@@ -69,11 +108,11 @@ def test_a_full_disk_is_named_and_keeps_the_last_good_state(monkeypatch):
     def full(_): raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as m:
         m.setattr(os, "fsync", full)
-        failed = sweep("scratch", [TINY], workers=1, say=quiet)
+        failed = sweep("scratch", [TINY], say=quiet, run=here)
     assert "No space left on device); free space or set BNONLY_RUNS" in failed[TINY.key]
     assert file.read_bytes() == before and not list(file.parent.glob(".*"))
     assert state(TINY, "scratch") == "missing"   # the disk had no room for failed.json either
-    assert sweep("scratch", [TINY], workers=1, say=quiet) == {}
+    assert sweep("scratch", [TINY], say=quiet, run=here) == {}
 
 
 def test_a_full_disk_leaves_no_claim_that_nobody_holds(tmp_path):
@@ -84,7 +123,7 @@ def test_a_full_disk_leaves_no_claim_that_nobody_holds(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch):
     monkeypatch.setenv("BNONLY_RUNS", "/proc/runs")
-    failed = sweep("scratch", [TINY], workers=1, say=quiet)
+    failed = sweep("scratch", [TINY], say=quiet, run=here)
     assert "/proc/runs" in failed[TINY.key]
 
 
@@ -93,7 +132,7 @@ def test_a_record_cut_short_is_named_and_left_alone():
     file = run_dir(TINY) / "record.json"
     file.write_text(file.read_text()[:100])
     other = Spec(arch="resnet8", epochs=1)
-    failed = sweep("scratch", [TINY, other], workers=1, say=quiet)
+    failed = sweep("scratch", [TINY, other], say=quiet, run=here)
     assert "cut off or edited" in failed[TINY.key] and list(failed) == [TINY.key]
     assert len(file.read_text()) == 100 and state(other, "scratch") == "complete"
 
@@ -119,15 +158,65 @@ def test_what_failed_or_diverged_is_taken_up_again():
     file = run_dir(TINY) / "checkpoint.safetensors"
     file.parent.mkdir(parents=True)
     file.write_text("nonsense")
-    assert list(sweep("scratch", [TINY, wild], workers=1, say=quiet)) == [TINY.key]
+    assert list(sweep("scratch", [TINY, wild], say=quiet, run=here)) == [TINY.key]
     assert (state(TINY, "scratch"), state(wild, "scratch")) == ("failed", "diverged")
     assert "Traceback" in failure(TINY, "scratch") and results().status.tolist() == ["diverged"]
     assert missing("scratch", [TINY, wild]) == []
     file.unlink()
     for spec in (TINY, wild): retry(spec, "scratch")
     assert missing("scratch", [TINY, wild]) == [TINY, wild]
-    assert sweep("scratch", [TINY, wild], workers=1, say=quiet) == {}
+    assert sweep("scratch", [TINY, wild], say=quiet, run=here) == {}
     assert (run_dir(wild) / "diverged.json").exists() and load_record(run_dir(TINY))["status"] == "complete"
+
+
+VICTIM, OTHERS = Spec(arch="resnet8", epochs=300), [Spec(arch="resnet8", epochs=2, seed=s) for s in range(3)]
+
+
+def test_a_run_that_ends_its_process_is_tried_twice_and_stops_no_other(tmp_path, capsys):
+    "In the midst of its training, so that it leaves its claim. Its last words are printed the first time, then kept."
+    lines, log = [], tmp_path / "log"
+    failed = sweep("struck", [VICTIM, *OTHERS], 2, say=lines.append, run=striking(VICTIM, os.abort, log))
+    assert [state(s, "struck") for s in (VICTIM, *OTHERS)] == ["failed", *["complete"]*3]
+    assert log.read_text() == "tried\n"*2 and sum("it is tried once more" in line for line in lines) == 1
+    told = json.loads((run_dir(VICTIM, "struck") / "failed.json").read_text())
+    assert told.keys() == {"spec", "error", "traceback", "host", "time"} and told["spec"] == VICTIM.__dict__
+    assert told["error"] == "WorkerDied: its process was ended by SIGABRT"
+    assert all(part in told["traceback"] for part in (told["error"], "Fatal Python error: Aborted", "in strike"))
+    assert capsys.readouterr().err.count("Fatal Python error: Aborted") == 1
+    assert failed == {VICTIM.key: told["traceback"]} and not list(run_dir(VICTIM, "struck").glob("claim-*"))
+
+
+def test_a_run_that_ended_its_process_is_left_alone_until_it_is_asked_for(tmp_path):
+    "Its claim is void at once: nobody waits for the pause of an hour between two looks at runs that others train."
+    log, victim = tmp_path / "log", Spec(arch="resnet8", epochs=20)
+    run = striking(victim, kill, log, times=3)
+    assert list(sweep("struck", [victim], say=quiet, run=run)) == [victim.key] and log.read_text() == "tried\n"*2
+    assert "ended by SIGKILL, as the system does when memory runs out" in failure(victim, "struck", "error")
+    assert sweep("struck", [victim], say=quiet, run=run) == {} and log.read_text() == "tried\n"*2
+    retry(victim, "struck")
+    assert sweep("struck", [victim], say=quiet, run=run, pause=3600) == {} and log.read_text() == "tried\n"*4
+    left = {f.name for f in run_dir(victim, "struck").iterdir()}
+    assert kept(run_dir(victim, "struck"))
+    assert not [n for n in left if n.startswith((".", "failed", "claim", "checkpoint"))]
+
+
+def test_a_run_without_memory_stops_no_other(tmp_path):
+    "However it ends, by an exception or a signal."
+    failed = sweep("struck", [VICTIM, *OTHERS], 1, say=quiet, run=striking(VICTIM, exhaust_memory, tmp_path / "log"))
+    assert [state(s, "struck") for s in (VICTIM, *OTHERS)] == ["failed", *["complete"]*3]
+    assert failed == {VICTIM.key: failure(VICTIM, "struck")}
+
+
+def test_an_analysis_that_ends_its_process_is_made_up_for(tmp_path):
+    "The record is there by then. The next sweep analyses, trains nothing, and leaves no word of the failure."
+    def after(spec, study):
+        if not (tmp_path / "mended").exists(): os.abort()
+    assert "ended by SIGABRT" in sweep("scratch", [TINY], after=after, say=quiet)[TINY.key]
+    record = load_record(run_dir(TINY))
+    assert record["status"] == "complete" and failure(TINY, "scratch")
+    (tmp_path / "mended").touch()
+    assert sweep("scratch", [TINY], after=after, say=quiet) == {}
+    assert load_record(run_dir(TINY)) == record and kept(run_dir(TINY)) and not failure(TINY, "scratch")
 
 
 def test_a_claim_that_was_lost_is_not_released_for_its_new_owner(tmp_path):
@@ -182,6 +271,17 @@ def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, mo
         cluster.shutdown()
     assert sorted(l.split()[0] for l in log.read_text().splitlines()) == sorted(s.key for s in specs)
     assert len(results("cluster")) == 4 and set(results("cluster").status) == {"complete"}
+
+
+def test_a_run_that_ends_its_process_under_ray_is_tried_twice_too(tmp_path):
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    log = tmp_path / "log"
+    try: failed = sweep("struck", [VICTIM, *OTHERS], 2, say=quiet, run=striking(VICTIM, os.abort, log, engine=by_ray))
+    finally: ray.shutdown()
+    assert [state(s, "struck") for s in (VICTIM, *OTHERS)] == ["failed", *["complete"]*3]
+    assert list(failed) == [VICTIM.key]
+    assert log.read_text() == "tried\n"*2
+    assert failure(VICTIM, "struck", "error") == "WorkerDied: its process died, and Ray raised WorkerCrashedError"
 
 
 def test_openmp_may_name_threads_of_several_levels(monkeypatch):
