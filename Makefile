@@ -1,4 +1,5 @@
 # Two commands: `make study` trains the two demos and writes their reports, `make test` checks everything.
+# A run that fails stops neither the others nor the reports; the exit status still tells.
 # Both build .venv when it is missing or older than the pins.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: study test clean
 
 study: .venv/installed
-	@for s in $(STUDY); do bnonly study $$s && bnonly report $$s || exit 1; done
+	@trap 'exit 130' INT; status=0; for s in $(STUDY); do bnonly study $$s || status=1; bnonly report $$s || status=1; done; exit $$status
 
 test: .venv/installed
 	pytest -q

@@ -11,8 +11,9 @@ from urllib.parse import unquote
 
 import pandas as pd
 import pytest
-from bnonly.experiment import owner, running, runs_dir, summary
-from bnonly.report import inputs, main, overview, pages, report, settings, spread
+from bnonly.experiment import owner, preset, run_dir, running, runs_dir, summary
+from bnonly.report import inputs, main, overview, pages, report, runs_page, settings, spread, unmeasured
+from bnonly.sweep import state
 
 ROOT = Path(__file__).parents[1]
 MINI = """[mini]   ; a small one
@@ -130,7 +131,8 @@ def test_a_mistake_ends_in_one_sentence(args, answer, tmp_path, monkeypatch):
                                          (["claims", ""], "is not a name of letters"), (["figures", "demo"], "no finished run"),
                                          (["study", "demo", "--workers", "-3", "--dry-run"], "--workers -3 .* between 0 and 10000"),
                                          (["study", "demo", "--gpus-per-run", "-1"], "--gpus-per-run -1.0 "), (["campaign", "--minutes", "nan"], "--minutes nan "), (["bench", "--rounds", "0"], "--rounds 0 "),
-                                         (["study", "demo", "--engine", "rya", "--dry-run"], "the nearest is 'ray'")])
+                                         (["study", "demo", "--engine", "rya", "--dry-run"], "the nearest is 'ray'"),
+                                         (["study", "demo", "--engine", "joblib"], "is not one of processes, ray")])
 def test_what_nothing_can_be_done_with_is_refused(args, answer):
     with pytest.raises(SystemExit, match=answer):
         main(args)
@@ -188,6 +190,50 @@ def test_only_the_main_papers_figures_leave_runs_out(study, said):
     "Other normalizations and coefficients are what the other papers' figures show."
     shutil.copytree(ROOT / "runs/regularization-short", runs_dir() / study)
     assert ("runs of another recipe" in overview(study)) == said
+
+
+def test_a_study_tells_of_a_run_that_killed_its_process(tmp_path, monkeypatch, capsys):
+    "By its exit status, and on two pages of the report. Asked for, the run is trained, and the report differs."
+    project(tmp_path)
+    (tmp_path / "settings.ini").write_text("[mini]\nepochs = 2\narch = resnet8\npolicy = bn, output\n")
+    monkeypatch.chdir(tmp_path)
+    victim, other = preset("mini")
+    command, killed = [Path(sys.executable).parent / "bnonly", "study", "mini", "--workers", "1"], set()
+    study = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while study.poll() is None:
+        for claim in run_dir(victim, "mini").glob("claim-*"):
+            pid = owner(claim).get("pid", study.pid)
+            if pid in killed | {study.pid}: continue   # the study itself claims the run to write down that it failed
+            os.kill(pid, signal.SIGSEGV)
+            killed.add(pid)
+        time.sleep(.01)
+    said, error = study.stderr.read(), "WorkerDied: its process was ended by SIGSEGV"
+    assert study.returncode == 1 and len(killed) == 2 and "mini: 1 runs trained, 1 failed" in said and error in said
+    assert (state(victim, "mini"), state(other, "mini")) == ("failed", "complete")
+    assert unmeasured("mini") == [dict(run=victim.key, state="failed", error=error)]
+    assert "Not measured: <a href='runs.html#unmeasured'>1 of 2 planned runs</a> (1 failed)." in overview("mini")
+    assert "<h2 id=unmeasured>" in runs_page("mini") and f"<td>{error}</td>" in runs_page("mini")
+    before = inputs("mini")
+    with pytest.raises(SystemExit) as end: main(["study", "mini"])
+    assert end.value.code == 1 and "--retry-failed takes them up again" in capsys.readouterr().err
+    main(["study", "mini", "--retry-failed"])
+    assert unmeasured("mini") == [] and inputs("mini") != before
+    assert "Not measured" not in overview("mini") and "id=unmeasured" not in runs_page("mini")
+
+
+def test_make_study_goes_on_after_a_failure(tmp_path):
+    "All are trained and reported on; the exit status tells. (Here `bnonly` only says what it is asked.)"
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    bnonly = tmp_path / "bin/bnonly"
+    bnonly.parent.mkdir()
+    for fails in ("study a", "report a", "study b", "report b", "none"):
+        bnonly.write_text(f'#!/bin/sh\necho "$*"\ntest "$*" != "{fails}"\n')
+        bnonly.chmod(0o755)
+        command, env = ["make", "--old-file", ".venv/installed", "study", "STUDY=a b"], os.environ.copy()
+        env["PATH"] = f"{bnonly.parent}:{env['PATH']}"
+        done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=env)
+        assert done.stdout.splitlines() == ["study a", "report a", "study b", "report b"]
+        assert (done.returncode != 0) == (fails != "none")
 
 
 def test_kill_ends_the_workers_too(tmp_path):
