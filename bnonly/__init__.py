@@ -2,6 +2,6 @@
 
 Modules:
 
-- `bnonly.faults`: Convolutions around three faults of PyTorch 2.15.0 with oneDNN 3.13.3 on a CPU, which `tests/convolution_faults.py` found. All are in the gradient of the weight."""
+- `bnonly.faults`: Convolutions around two faults of PyTorch 2.15.0 with oneDNN 3.13.3 on a CPU, which `tests/convolution_faults.py` found. Both are in the gradient of the weight."""
 
 __version__ = "0.1.0"
