@@ -29,14 +29,12 @@ def at_start(norm:str,             # batch, none, fixup, single, ...
     import torch
     from bnonly.models import create_model
     from bnonly.penalties import mean_square
-    from bnonly.train import groups, RATES
+    from bnonly.train import groups
     model, rng = create_model(f"wrn{depth}-0.5", norm=norm, act=act, bn_init="ones").double(), torch.Generator().manual_seed(0)
     x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=rng), torch.arange(4)
     seen = []
     model.fc.register_forward_pre_hook(lambda m, inputs: seen.append(mean_square(inputs[0]).item()))
-    parts = groups(model)
-    parts = parts if isinstance(parts[0], list) else [parts]
-    opt = torch.optim.SGD([dict(params=ps, lr=lr*rate) for ps,rate in zip(parts, RATES)])
+    opt = torch.optim.SGD([dict(g, lr=lr*g["rate"]) for g in groups(model)])
     first = logits = model(x)
     for _ in range(steps):
         opt.zero_grad()

@@ -6,19 +6,22 @@ import sys
 
 import pytest
 import torch
-from bnonly.bench import bench_steps, processes, seconds_of, tick, work
+from bnonly.bench import bench_kernels, bench_steps, candidates, processes, seconds_of, tick, work
 from bnonly.experiment import runs_dir
+from bnonly.kernels import kernels
 from bnonly.report import main
 
 
-def test_a_row_of_the_benchmark(capsys):
-    "Three candidates in processes of their own, two turns of the smallest network."
+def test_a_row_of_the_benchmark(capsys, monkeypatch):
+    "Some candidates in processes of their own, two turns of the smallest network. (To compile takes minutes.)"
+    monkeypatch.setattr("bnonly.bench.candidates", lambda *_: ["bnonly", "torch", "tuned torch"])
     main(["bench", "--archs", "resnet8", "--policies", "bn", "--rounds", "1", "--json"])
     row = json.loads(capsys.readouterr().out)
     assert {"arch", "policy", "device", "dtype", "images_per_second", "low", "high", "ratio", "peers", "bound"} <= set(row)
-    assert set(row["peers"]) == {"fastai", "torch"} and row["ratio"] == min(p["ratio"] for p in row["peers"].values())
+    assert set(row["peers"]) == {"torch", "tuned torch"} and row["ratio"] == min(p["ratio"] for p in row["peers"].values())
     assert 0 < row["low"] <= row["images_per_second"] <= row["high"] and row["multiply_ms"] > 0 and row["move_ms"] > 0
-    record = json.loads((runs_dir() / "bench" / f"{row['device']},resnet8,bn.json").read_text())
+    written, = (runs_dir() / "bench").glob(f"{row['device']}*,resnet8,bn.json")
+    record = json.loads(written.read_text())
     assert record["rows"] == [row] and record["gemm_flops"] > 0 and record["machine"]["torch"]
 
 
@@ -113,3 +116,21 @@ print(norm.cdf(0), LogisticRegression.__name__, __import__ is sys.modules["built
 def test_statistics_are_imported_when_they_are_used(code, answer):
     "fastai's splitters and metrics find what training does without; for all others nothing changes."
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True).stdout.splitlines() == answer
+
+
+def test_a_kernel_beside_pytorchs_operator(monkeypatch, capsys):
+    "Every kernel for both dtypes; the record is named by the instruction set."
+    if kernels() is None: pytest.skip("there are no kernels here")
+    monkeypatch.setattr("bnonly.bench.bench_kernels", lambda say, real=bench_kernels: real([(16, 4)], 1, say))
+    main(["bench", "--kernels", "--json"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 10 and all(r["ms"] > 0 and r["pytorch_ms"] > 0 for r in rows)
+    written = runs_dir() / "bench" / f"cpu,{kernels()[torch.float32].instructions},kernels.json"
+    assert json.loads(written.read_text())["rows"] == rows
+
+
+def test_the_peers_that_can_run_here(monkeypatch):
+    monkeypatch.setattr("bnonly.bench.multiplies_bfloat16", lambda device: False)
+    assert candidates() == ["bnonly", "fastai", "torch", "tuned torch", "compiled torch"]
+    monkeypatch.setattr("bnonly.bench.multiplies_bfloat16", lambda device: True)
+    assert {"open_lth", "tuned torch, bfloat16", "compiled torch, bfloat16"} <= {*candidates("a checkout")}
