@@ -172,7 +172,8 @@ def follow_bfloat16(shape, unit=1.):
 
 @needs_tiles
 @pytest.mark.parametrize("shape", WINOGRAD, ids=str)
-def test_convolutions_of_bfloat16_against_float64(shape):
+def test_convolutions_of_bfloat16_against_float64(shape, monkeypatch):
+    monkeypatch.setattr("bnonly.kernels.pytorch_convolves_bfloat16", lambda: "none")   # else small images are PyTorch's
     follow_bfloat16(shape)
 
 @needs_tiles
@@ -672,7 +673,7 @@ def test_a_fused_network_is_as_near_to_float64_as_a_plain_one(arch, policy):
     exact, plain, fused = (one_step(arch, policy, *o) for o in ((False, torch.float64), (False,), (True,)))
     for k, want in exact.items():
         far = lambda got: ((got[k] - want).norm() / want.norm()).item()
-        assert far(fused) <= 3*far(plain) + (1e-2 if k == "gradients" else 1e-6), k
+        assert far(fused) <= 3*far(plain) + (1e-2 if k == "gradients" else 3e-6), k   # a loss of float32 has a dozen roundings of 1e-7
 
 
 @needs_tiles

@@ -10,7 +10,7 @@ ARCHS = ["resnet14", "wrn14-2", "vgg11", "resnet18", "resnet50"]
 
 @pytest.mark.parametrize("depth", [18, 50])
 def test_imagenet_resnets_are_torchvisions(depth):
-    "torchvision's weights in our modules give torchvision's logits, bit for bit."
+    "torchvision's weights in our modules give torchvision's logits, up to rounding: strided 1x1 convolutions read every other pixel first."
     tv = pytest.importorskip("torchvision.models")
     theirs = getattr(tv, f"resnet{depth}")(weights=None)
     ours = create_model(f"resnet{depth}", num_classes=1000)
@@ -19,7 +19,7 @@ def test_imagenet_resnets_are_torchvisions(depth):
     ours.load_state_dict(renamed)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for mode in (True, False):
-        assert torch.equal(ours.train(mode)(x), theirs.train(mode)(x))
+        torch.testing.assert_close(ours.train(mode)(x), theirs.train(mode)(x), rtol=1e-4, atol=1e-4)
 
 
 def digest(arch, init, seed=0):

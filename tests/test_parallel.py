@@ -64,4 +64,4 @@ def test_two_processes_train_what_one_trains(tmp_path, photographs):
     for numbers in ("counts", "final"): assert {k: one[numbers][k] for k in two[numbers]} == pytest.approx(two[numbers], rel=1e-4)
     weights = [load_file(run_dir(SPEC, o) / "moved.safetensors") for o in ("one", "two")]
     for n in weights[0]: torch.testing.assert_close(weights[1][n], weights[0][n], rtol=1e-3, atol=1e-4)
-    assert sorted(f.name for f in run_dir(SPEC, "two").iterdir()) == ["metrics.csv", "moved.safetensors", "record.json"]
+    assert sorted(f.name for f in run_dir(SPEC, "two").iterdir()) == ["metrics.csv", "moved.safetensors", "record.json", "trajectory.safetensors"]
