@@ -22,7 +22,7 @@ from .train import Callback, CancelFitException, default_device, default_dtype, 
 
 # %% ../nbs/07_campaign.ipynb #43d155f4
 DEPTHS = "arch=resnet14,resnet32,resnet56,resnet110"
-PRIORITY = (f"{DEPTHS} policy=bn init=he_normal bn_init=uniform weight_decay=0.0001 seed=0,1,2",
+PRIORITY = (f"{DEPTHS} policy=bn init=he_normal bn_init=uniform weight_decay=0.0001 decay=all seed=0,1,2",
             f"{DEPTHS} policy=all,all-affine,random2,output,bn+output init=he_normal bn_init=uniform seed=0",
             "arch=wrn14-2,wrn14-4,wrn14-8,wrn14-16 policy=bn bn_init=uniform seed=0",
             "arch=resnet218,resnet434,resnet866 policy=bn bn_init=uniform seed=0",
