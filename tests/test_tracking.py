@@ -15,7 +15,7 @@ def unwatched(tmp_path_factory):
         m.delenv("BNONLY_TRACK", raising=False)
         assert trackers(SPEC, run_dir(SPEC)) == []
         record = fit(SPEC)
-        assert sorted(f.name for f in run_dir(SPEC).iterdir()) == ["metrics.csv", "moved.safetensors", "record.json"]
+        assert sorted(f.name for f in run_dir(SPEC).iterdir()) == ["metrics.csv", "moved.safetensors", "record.json", "trajectory.safetensors"]
         return record
 
 

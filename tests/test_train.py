@@ -114,7 +114,7 @@ def test_a_record_tells_of_all_parts_of_its_run(monkeypatch):
     (run_dir(TINY) / ".abc.tmp").write_text("half a checkpo")
     record = fit(TINY)
     assert (record["dtype"], record["callbacks"], record["final"]["epoch"]) == ("bfloat16", ["Stop"], 2)
-    assert sorted(f.name for f in run_dir(TINY).iterdir()) == ["metrics.csv", "moved.safetensors", "record.json"]
+    assert sorted(f.name for f in run_dir(TINY).iterdir()) == ["metrics.csv", "moved.safetensors", "record.json", "trajectory.safetensors"]
 
 
 def test_a_checkpoint_that_tells_less_is_gone_on_from(monkeypatch):

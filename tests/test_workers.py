@@ -135,7 +135,7 @@ def test_workers_end_with_the_process_that_started_them(sign):
 import os, signal, time
 from bnonly.workers import in_processes
 os.setsid()
-try: list(in_processes(lambda n: (print(os.getpid(), flush=True), time.sleep(100)), range(2), 2))
+try: list(in_processes(lambda n: (os.write(1, f"{os.getpid()}\\n".encode()), time.sleep(100)), range(2), 2))
 except KeyboardInterrupt: raise SystemExit("stopped")
 """
     process = script(code)
