@@ -6,6 +6,8 @@ from urllib.parse import urlsplit
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # the tests may be run by make; what they start is not
+    os.environ.pop(name, None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
