@@ -229,7 +229,7 @@ def test_a_model_that_cannot_be_told_asks():
     with torch.device("meta"):
         model = torchvision.models.googlenet(init_weights=False)
     with pytest.raises(ValueError, match="3 feed its output: aux1.fc2, aux2.fc2, fc.*output='fc'"):
-        freeze(model, "bn")
+        freeze(model, "bn+output")
     freeze(model, "output", output="fc")
     assert sorted(trainable(model)) == ["fc.bias", "fc.weight"] and counts(model, "fc").trainable["all"] == 1_025_000
     with pytest.raises(ValueError, match="the nearest is 'fc'"):

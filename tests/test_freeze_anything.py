@@ -1,0 +1,165 @@
+"Freezing models from elsewhere, by kind of fault: the right thing, or one sentence."
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from bnonly.models import create_model, roles
+from bnonly.policies import counts, dense, free, freeze, frozen, load_moved, moved, trainable, unfreeze
+from torch import nn
+from torch.nn.utils import parametrizations
+
+
+def net(norm=None, conv=None, head=None):
+    return nn.Sequential(conv or nn.Conv2d(3, 8, 3), norm or nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head or nn.Linear(8, 5))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, shape, name):
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(torch.full(shape, 2.)))
+
+    def forward(self, x): return nn.functional.normalize(x, dim=1) * [*self.parameters()][0]
+
+
+class Sub(RMSNorm):
+    pass
+
+
+def test_gradients_of_an_earlier_step_are_cleared():
+    model = net()
+    model(torch.randn(4, 3, 8, 8)).sum().backward()
+    freeze(model, "norm")
+    assert model[0].weight.grad is None and model[1].weight.grad is not None
+
+
+def test_what_its_author_froze_stays_frozen_and_is_said():
+    model = net()
+    model[0].requires_grad_(False)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="2 parameters .* stay frozen under 'all', first '0.bias'"): freeze(model, "all")
+        assert not model[0].weight.requires_grad and model[5].weight.requires_grad
+    assert "5.weight" in trainable(unfreeze(freeze(copy.deepcopy(model), "norm"))) and not model[0].weight.requires_grad
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="parameters were frozen before, first '0.bias'"): freeze(model, "norm")
+
+
+def test_freezing_again_follows_the_new_policy_alone():
+    x, model = torch.randn(4, 3, 32, 32), create_model("resnet8")
+    for policy in ("bn", "random2", "output", "scattered2+output", "gamma", "all"):
+        freeze(model, policy)
+        assert counts(model).equals(counts(freeze(create_model("resnet8"), policy))), policy
+    assert [*model.state_dict()] == [*create_model("resnet8").state_dict()]
+    assert model(x).isfinite().all()
+
+
+def test_a_models_own_attributes_stay():
+    model = net()
+    model.frozen = lambda: 3
+    assert freeze(model, "norm").frozen() == 3
+
+
+@pytest.mark.parametrize("shape,name", [((8,), "g"), ((1, 8, 1, 1), "gamma"), ((8, 1, 1), "scale")])
+@pytest.mark.parametrize("kind", [RMSNorm, Sub])
+def test_gamma_of_any_shape_and_name(kind, shape, name):
+    model = freeze(net(kind(shape, name)), "norm")
+    assert [*trainable(model)] == [f"1.{name}"]
+    assert (freeze(model, "all-affine")[1].get_parameter(name) == 1).all() and not model[1].get_parameter(name).requires_grad
+    with pytest.raises(ValueError, match="may be a gamma or a beta; the nearest policy that need not know is 'norm'"): freeze(net(kind(shape, "q")), "all-affine")
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "vgg11", "wrn10-1", "mlp2-10"])
+def test_a_normalization_in_place_of_ours_keeps_the_function(arch):
+    x = torch.randn(2, 3, 28, 28)
+    model = create_model(arch).eval()
+    y = model(x)
+    torch.testing.assert_close(nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()(x), y)
+    assert "bn" in roles(model).values()
+
+
+def test_parametrized_weights_and_tied_ones():
+    for f in (parametrizations.weight_norm, parametrizations.spectral_norm):
+        model = freeze(net(conv=f(nn.Conv2d(3, 8, 3))), "norm+output")
+        assert counts(model).trainable["all"] == 16 + 45 and counts(model).total["all"] == sum(p.numel() for p in model.parameters())
+        assert dense(model).keys() == free(model).keys()
+        with pytest.raises(ValueError, match="need a plain weight, and '0' computes its own"): freeze(model, "random2")
+
+
+def test_hidden_layers_get_a_sentence():
+    for model, word in ((net(head=nn.LazyLinear(5)), "lazy"), (torch.jit.trace(net().eval(), torch.zeros(1, 3, 8, 8)), "ScriptModule")):
+        for f in (lambda m: freeze(m, "norm"), counts):
+            with pytest.raises(ValueError, match=word): f(model)
+
+
+def test_random_entries_in_copies_and_pickles():
+    model, x = freeze(net(), "random2+output"), torch.randn(2, 3, 8, 8)
+    f = io.BytesIO()
+    torch.save(model, f)
+    f.seek(0)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), pickle.loads(pickle.dumps(copy.deepcopy(model))), torch.load(f, weights_only=False)):
+        assert torch.equal(again.eval()(x), model.eval()(x)) and counts(again).equals(counts(model)) and [*again.state_dict()] == [*model.state_dict()]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_random_entries_of_a_transposed_convolution(groups):
+    model = nn.Sequential(nn.ConvTranspose2d(8, 4, 3, groups=groups), nn.Flatten(), nn.Linear(4*25, 2))
+    mask = free(freeze(model, "random2"))["0.weight"].unflatten(0, (groups, -1)).movedim(1, 2).flatten(0, 1)
+    assert mask.flatten(1).sum(1).tolist() == [2]*4
+
+
+def test_random_entries_do_not_depend_on_a_wrapper():
+    bare, wrapped = create_model("resnet8"), nn.DataParallel(create_model("resnet8"))
+    one, other = free(freeze(bare, "random2")), free(freeze(wrapped, "random2"))
+    assert all(torch.equal(m, other[f"module.{n}"]) for n, m in one.items())
+
+
+def test_tracing_leaves_nothing_behind():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc, self.kept, self.n = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), [], 0
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.n += 1
+            self.seen += 1
+            self.last = x
+            self.kept.append(x)
+            return self.fc(self.conv(x).mean((2, 3)) * torch.rand(()))
+    model, state = Odd(), torch.get_rng_state()
+    freeze(model, "output")
+    assert (model.n, model.kept, model.seen.item(), hasattr(model, "last")) == (0, [], 0, False)
+    assert torch.equal(state, torch.get_rng_state()) and [*trainable(model)] == ["fc.weight", "fc.bias"]
+
+
+def test_no_hidden_layer_becomes_the_output():
+    for model in (net()[:3], net()[:1].append(nn.ReLU()), nn.Sequential(net()[0], nn.GroupNorm(2, 8))):
+        with pytest.raises(ValueError, match="output layer of Sequential cannot be told"): freeze(model, "output")
+
+
+def test_statistics_hold_still_where_asked():
+    model, x = freeze(net(), "output", statistics="frozen"), torch.randn(4, 3, 8, 8)
+    before = model[1].running_mean.clone()
+    model.train()(x)
+    assert torch.equal(model[1].running_mean, before)
+    freeze(model, "output").train()(x)
+    assert not torch.equal(model[1].running_mean, before)
+    with pytest.raises(ValueError, match="nearest is 'frozen'"): freeze(model, "output", statistics="frozn")
+
+
+def test_frozen_proves_it_and_puts_back():
+    model = net()
+    with frozen(model, "random2") as same: assert same is model and [*trainable(model)] == ["0.parametrizations.weight.original"]
+    assert len(trainable(model)) == 6
+    with pytest.raises(RuntimeError, match="'0.weight' was frozen by 'norm' and moved"):
+        with frozen(model, "norm"): model[0].weight.data += 1
+    assert len(trainable(model)) == 6
+
+
+def test_another_number_of_classes_or_dtype_changes_nothing():
+    model, other = (freeze(net(head=nn.Linear(8, n)), "norm+output") for n in (5, 6))
+    before = copy.deepcopy(model.state_dict())
+    for tensors in (moved(other), {n: t.double() for n, t in moved(model).items()}):
+        with pytest.raises(ValueError, match="use the spec they were trained with"): load_moved(model, tensors)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
