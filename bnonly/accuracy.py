@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCENE', 'DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL', 'BN', 'FIGURE2', 'CIFAR', 'FOUR', 'DISABLED',
-           'NARROW', 'LAYOUTS', 'PAPER', 'STARS', 'SPREAD', 'STAR', 'WIDTH', 'GROWING', 'ONLY_BN', 'WIDTHS', 'SEEDS',
-           'family', 'panels', 'papers_recipe', 'plain', 'left_out', 'convolutions', 'sizes', 'specifications',
+           'NARROW', 'LAYOUTS', 'PAPER', 'STARS', 'SPREAD', 'STAR', 'WIDTH', 'CLASSES', 'GROWING', 'ONLY_BN', 'WIDTHS',
+           'SEEDS', 'family', 'panels', 'papers_recipe', 'plain', 'left_out', 'convolutions', 'sizes', 'specifications',
            'table1', 'tableC1', 'drawn', 'save', 'rounded', 'draw_table', 'plain_table', 'save_table', 'Line', 'Layout',
            'points', 'gaps', 'papers', 'told', 'accuracy_panel', 'seeds', 'corner', 'footnote', 'legend', 'empty',
            'images', 'accuracy_figure', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs',
@@ -436,11 +436,13 @@ def empty(what:str, *told:str) -> plt.Figure:
     return fig
 
 # %% ../nbs/07_accuracy.ipynb #a73d3c22
+CLASSES = {"imagenet": 1000, "tiny-imagenet": 200}   # of the data sets that have not ten
+
 def _panel(ax, table, layout, name, value):
     stats = points(table, layout, value)
     stats = stats[stats.panel == name]
     accuracy_panel(ax, stats, layout.lines, layout.limits.get(name, (0, 100)), told(layout, name, stats.data.iloc[0], value))
-    chance = 100/(1000 if stats.data.iloc[0] == "imagenet" else 10) * (5 if value == "top5" else 1)
+    chance = 100/CLASSES.get(stats.data.iloc[0], 10) * (5 if value == "top5" else 1)
     if ax.get_ylim()[0] < chance: ax.axhline(chance, color="gray", ls=":", label="Chance")
     first = "Top-1 Test Accuracy (%)" if name.startswith("ImageNet") else "Test Accuracy (%)"
     ax.set(xlabel=f"{name} on {images(table, stats)}", ylabel="Top-5 Test Accuracy (%)" if value == "top5" else first)

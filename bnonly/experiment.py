@@ -108,7 +108,7 @@ def parse_policy(policy:str    # tokens joined by '+', e.g. 'bn+output', 'random
 # %% ../nbs/00_experiment.ipynb #f6eec3e1
 INITS     = "he_normal", "he_uniform", "binary", "orthogonal"
 BN_INITS  = "uniform", "ones", "symmetric", "positive"
-DATASETS  = "digits", "cifar10", "cifar10.1", "cifar10-c", "mnist", "svhn", "imagenet"
+DATASETS  = "digits", "cifar10", "cifar10.1", "cifar10-c", "mnist", "svhn", "imagenet", "tiny-imagenet"
 SCHEDULES = "step", "imagenet", "cosine", "constant"
 NORMS     = "batch", "none", "affine", "fixup", "fixup-open", "single", "fixup+single"
 ACTS      = "relu", "swish"
@@ -120,7 +120,7 @@ class Spec:
     "One run: which network, which numbers may move, on which data, from which seed."
     arch: str = "resnet14"        # network: resnet56, wrn14-4, vgg16, resnet18, mlp4-784, lenet5
     policy: str = "bn"            # what trains: bn, all, all-affine, output, random2, bn+output, gamma
-    data: str = "digits"          # digits, cifar10, cifar10.1, cifar10-c, mnist, svhn, imagenet
+    data: str = "digits"          # digits, cifar10, cifar10.1, cifar10-c, mnist, svhn, imagenet, tiny-imagenet
     seed: int = 0                 # of the weights, the random entries, the data order and the augmentation
     epochs: int = 40              # passes over the training images; the paper: 160
     batch_size: int = 128         # images a step

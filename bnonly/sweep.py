@@ -390,7 +390,7 @@ PRICED = dict(cifar10=("cifar", "vgg"), imagenet=("imagenet",))   # data to the 
 def _unpriced(spec): return ValueError(f"{spec.key} has no measured step; those of the studies 'short', 'paper' and 'imagenet' have.")
 
 # %% ../nbs/05_sweep.ipynb #19b3156f
-TRAINING = {"digits": 1_437, "cifar10": 50_000, "cifar10.1": 50_000, "mnist": 60_000, "imagenet": 1_281_167}   # images an epoch
+TRAINING = {"digits": 1_437, "cifar10": 50_000, "cifar10.1": 50_000, "mnist": 60_000, "imagenet": 1_281_167, "tiny-imagenet": 100_000}   # images an epoch
 FAMILIES = dict(imagenet="ImageNet ResNets", vgg="VGG", cifar="CIFAR ResNets, by depth")
 
 def core_hours(spec:Spec, measured:pd.DataFrame) -> float:
