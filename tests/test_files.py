@@ -110,8 +110,9 @@ def test_images_of_another_kind_are_refused():
                              (x.numpy(), y, "uint8"), (x[0], y, "shape"),
                              (x, y.float(), "int64"), (x, y[:3], "3"), (x[:0], y[:0], "at least one")):
         with pytest.raises(ValueError, match=word): Images(bad, label)
-    with pytest.raises(ValueError, match="label 3, outside 0 to 2"): describe("mine", "Mine", Images(x, y), Images(x, y), "abc")
-    with pytest.raises(ValueError, match="test images"): describe("mine", "Mine", Images(x, y), Images(x[:, 1:], y), "abcd")
+    images, cut = Images(x, y), Images(x[:, 1:], y)
+    with pytest.raises(ValueError, match="label 3, outside 0 to 2"): describe("mine", "Mine", images, images, "abc")
+    with pytest.raises(ValueError, match="test images"): describe("mine", "Mine", images, cut, "abcd")
     d = describe("mine", "Mine", Images(x, y), Images(x, y), "abcd")
     assert isinstance(d, Data) and len(repr(d)) < 200 and d.digest in repr(d)
 
@@ -146,7 +147,8 @@ def tiny(tmp_path, monkeypatch):
 def test_tiny_imagenet(tiny):
     with warnings.catch_warnings(action="error"):
         one, two, own = (load_data("tiny-imagenet", o) for o in (tiny.parent, tiny.parent, tiny))
-    assert (one.label, one.classes, one.size) == ("Tiny ImageNet", ("goldfish", "bullfrog"), 64) and (one.pad, one.flip) == (8, True)
+    assert (one.label, one.classes) == ("Tiny ImageNet", ("goldfish", "bullfrog"))
+    assert (one.size, one.pad, one.flip) == (64, 8, True)
     assert one.train.y.tolist() == [0, 0, 0, 1, 1, 1] and one.test.y.tolist() == [0, 1, 0, 1]
     assert one.train.x.shape == (6, 64, 64, 3) and one.train.x[0].unique().tolist() == [50]
     assert one.digest == two.digest == own.digest
