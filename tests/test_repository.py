@@ -42,7 +42,7 @@ def imported(module):
 def level(module):
     "The number of a module's notebook; a plain module stands just above the highest one that it imports."
     numbers = modules()
-    return numbers[module] if module in numbers else max(map(level, imported(module)), default=-1) + .5
+    return numbers[module] if module in numbers else max(map(level, imported(module)), default=-1) + .01
 
 
 @pytest.mark.parametrize("module", modules())
