@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_DEPTHS', 'VGG_DEPTHS', 'EFFICIENTNETS', 'ARCHS', 'ALONE', 'TOKENS', 'INITS', 'BN_INITS', 'DATASETS',
-           'SCHEDULES', 'NORMS', 'ACTS', 'DECAYS', 'BEAT', 'STALE', 'nearest', 'choose', 'Arch', 'parse_arch',
-           'parse_policy', 'Spec', 'check_spec', 'parameters', 'key', 'stream', 'root', 'runs_dir', 'run_dir', 'write',
-           'unwritable', 'seal', 'BrokenRecord', 'load_record', 'claims', 'here', 'running', 'owner', 'void', 'Claim',
-           'records', 'results', 'history', 'summary', 'presets', 'preset', 'incomplete']
+           'SCHEDULES', 'NORMS', 'ACTS', 'DECAYS', 'nearest', 'choose', 'Arch', 'parse_arch', 'parse_policy', 'Spec',
+           'check_spec', 'parameters', 'key', 'stream', 'root', 'runs_dir', 'run_dir', 'write', 'seal', 'BrokenRecord',
+           'load_record', 'records', 'results', 'history', 'summary', 'presets', 'preset', 'incomplete']
 
 # %% ../nbs/00_experiment.ipynb #b2f6664a
-import _thread, ast, hashlib, json, os, platform, re, tempfile, threading, time, warnings
+import ast, errno, hashlib, json, os, re, tempfile, warnings
 from collections.abc import Iterable
 from configparser import ConfigParser, Error as ConfigError
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +20,8 @@ from typing import NamedTuple
 
 # %% ../nbs/00_experiment.ipynb #910b6f8e
 import pandas as pd
-from fastcore.basics import patch
+
+from .runlock import again, check, unwritable
 
 # %% ../nbs/00_experiment.ipynb #a9d7d278
 def nearest(value:str,               # what was given
@@ -229,22 +229,27 @@ def run_dir(spec:Spec, study:str="scratch") -> Path:
 def write(path:Path,           # where the file shall stand
           content:bytes|str    # the whole of it
          ) -> Path:
-    "Write a file so that it is either whole or not there."
+    "Write a file so that it is either whole or not there; `LostLock` where another process has taken over the run that it belongs to."
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as f:
-            f.write(content.encode() if isinstance(content, str) else content); f.flush(); os.fsync(f.fileno())
-        os.chmod(f.name, 0o644)
-        os.replace(f.name, path)
-    except OSError as e:
-        if "f" in locals(): Path(f.name).unlink(missing_ok=True)
-        raise unwritable(path, e) from e
+        again(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+        again(_write, path, content.encode() if isinstance(content, str) else content)
+    except OSError as e: raise unwritable(path, e) from e
     return path
 
-def unwritable(path:Path, why:OSError) -> OSError:
-    "What to say where a file or a folder cannot be written."
-    return OSError(f"{path} could not be written ({why.strerror or why}); free space or set BNONLY_RUNS to a folder that can.")
+def _write(path, content):
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as f:
+            temporary = Path(f.name)
+            f.write(content); f.flush(); os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        check(path.parent)
+        os.replace(temporary, path)
+    except BaseException as e:
+        if temporary: temporary.unlink(missing_ok=True)
+        if temporary and isinstance(e, FileNotFoundError): raise OSError(errno.ESTALE, "its temporary file was removed") from e   # by one who took the lock
+        raise
 
 # %% ../nbs/00_experiment.ipynb #3727d0cf
 def _digest(data:bytes) -> str: return hashlib.sha256(data).hexdigest()
@@ -253,9 +258,10 @@ def _own(record): return _digest(json.dumps({k: v for k,v in record.items() if k
 def seal(folder:Path,            # of the run
          record:dict,            # what to say of it; JSON values
          files:Iterable[str]=()  # names of the files it vouches for
-        ) -> dict:               # the record as it was written
+        ) -> dict:               # the record as it was written, or the one that stands there already
     "Write record.json, the last file of a run, with the digests of the others."
-    record = dict(record, files={n: _digest((Path(folder)/n).read_bytes()) for n in files})
+    if theirs := load_record(folder): return theirs
+    record = dict(record, files={n: _digest(again((Path(folder)/n).read_bytes)) for n in files})
     record = json.loads(json.dumps(record, allow_nan=False))
     record["seal"] = _own(record)
     write(Path(folder)/"record.json", json.dumps(record, indent=1)+"\n")
@@ -270,120 +276,17 @@ def load_record(folder:Path,        # of the run
                ) -> dict|None:      # None where no run was finished
     "The record of a run, checked; `BrokenRecord` where it or a file it vouches for was changed."
     folder, path = Path(folder), Path(folder)/"record.json"
-    if not path.exists(): return None
-    try: record = json.loads(path.read_text())
-    except ValueError: record = {}
+    try: record = json.loads(again(path.read_bytes)) if path.is_file() or not path.exists() else {}
+    except (FileNotFoundError, NotADirectoryError): return None
+    except (ValueError, RecursionError): record = {}
     if not isinstance(record, dict) or record.get("seal") != _own(record):
         raise BrokenRecord(f"{path} is not as it was sealed (cut off or edited); delete the folder to train the run again.")
     for name,digest in record["files"].items():
         file = folder/name
         if not name.endswith((".csv", ".json")) and not deep: continue
-        if not file.exists() or _digest(file.read_bytes()) != digest:
+        if not file.is_file() or _digest(again(file.read_bytes)) != digest:
             raise BrokenRecord(f"{file} is {'not as it was sealed' if file.exists() else 'missing'}; delete the folder to train the run again.")
     return record
-
-# %% ../nbs/00_experiment.ipynb #401d28de
-BEAT, STALE = 20, 300   # seconds: how often a claim is renewed, and when it is void
-
-def claims(folder:Path) -> list[Path]:
-    "The claims on a run, the one that holds last."
-    return sorted(folder.glob("claim-*.json"), key=_number)
-
-def _number(claim): return int(claim.stem.partition("-")[2])
-
-def here() -> str:
-    "This machine, and in it the space in which process ids count (containers may share a name)."
-    try: return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError: return platform.node()
-
-def running(pid:int) -> bool:
-    "Whether a process of this machine lives; one that has ended but was not waited for does not."
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except PermissionError: return True
-    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError: return True
-
-# %% ../nbs/00_experiment.ipynb #cc747354
-def owner(claim:Path) -> dict:   # host, pid and thread; nothing while it is just being written
-    "Who made a claim."
-    try: return json.loads(claim.read_text())
-    except (FileNotFoundError, ValueError): return {}
-
-def void(claim:Path) -> bool:
-    "Whether the process that made a claim is gone."
-    try: heard, who = claim.stat().st_mtime, owner(claim)
-    except FileNotFoundError: return True
-    if who.get("host") == here() and not running(who["pid"]): return True
-    with tempfile.NamedTemporaryFile(dir=claim.parent, prefix=".") as now: return os.stat(now.name).st_mtime - heard > STALE
-
-# %% ../nbs/00_experiment.ipynb #7b144ae4
-class Claim:
-    "One run for this process and no other, until it is released."
-    def __init__(self, folder:Path):
-        self.folder, self.file, self.lost, self.over = Path(folder), None, False, threading.Event()
-        self.me = dict(host=here(), pid=os.getpid(), thread=threading.get_ident())
-
-    def take(self) -> bool:
-        "Claim the run, unless somebody holds it. `OSError` where its folder cannot be written to."
-        made = None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            held = claims(self.folder)
-            if held and not void(held[-1]): return False
-            file = self.folder/f"claim-{_number(held[-1])+1 if held else 1}.json"
-            with open(file, "x") as f: made = file; f.write(json.dumps(self.me))
-            if not all(void(f) for f in claims(self.folder) if f != file): return file.unlink(missing_ok=True) or False
-        except OSError as e:
-            if made: made.unlink(missing_ok=True)   # a disk is full: nobody shall wait for this one
-            if isinstance(e, FileExistsError) and self.folder.is_dir(): return False
-            raise unwritable(self.folder, e) from e
-        self.file = file
-        threading.Thread(target=self.beat, daemon=True).start()
-        return True
-
-    def release(self):
-        "Give up what `take` took, and the void claims below it."
-        self.over.set()
-        for file in claims(self.folder) if self.file else ():
-            if _number(file) <= _number(self.file): file.unlink(missing_ok=True)
-
-# %% ../nbs/00_experiment.ipynb #c6e90f86
-@patch
-def beat(self:Claim):
-    "Renew the claim until the run is over; interrupt the run when the claim is no longer ours."
-    while not self.over.wait(BEAT):
-        try:
-            self.lost = claims(self.folder)[-1:] != [self.file]
-            if not self.lost: os.utime(self.file)
-        except OSError: continue   # a network file system that is away for a moment
-        if self.lost and not self.over.is_set(): return _thread.interrupt_main()
-
-# %% ../nbs/00_experiment.ipynb #8e03d86d
-@patch
-def wait(self:Claim, say=print, pause:float=1):   # say: called with one sentence where there is somebody to wait for; pause: seconds
-    "Claim the run as soon as nobody else holds it."
-    told = looks = 0
-    while not self.take():
-        looks, held = looks+1, claims(self.folder)[-1:]
-        who = owner(held[0]) if held else {}
-        if who == self.me: return self
-        if not told and (who or held and looks > 2):   # an empty claim may be just being written
-            by = f"is being trained by process {who['pid']} on {who['host'].split()[0]}; waiting for its record" if who else \
-                 f"is claimed by {held[0]}, which does not say whose it is; waiting until it is {STALE//60} minutes old (delete it if nobody trains the run)"
-            say(f"{self.folder.name} {by}.")
-            told = 1
-        time.sleep(pause)
-    return self
-
-@patch
-def __enter__(self:Claim): return self
-
-@patch
-def __exit__(self:Claim, kind, *_):
-    self.release()
-    if kind is KeyboardInterrupt and self.lost:
-        raise RuntimeError(f"{self.folder} was claimed by another process while this one slept; it goes on from the last checkpoint.") from None
 
 # %% ../nbs/00_experiment.ipynb #b16b9da1
 def records(study:str|None=None   # a study's name; None for all of them

@@ -12,12 +12,13 @@ __all__ = ['MAIN', 'STYLE', 'SORTING', 'CAPTIONS', 'THE_PAPERS', 'BESIDES', 'TAB
            'main']
 
 # %% ../nbs/15_report.ipynb #ae39b163
-import hashlib, html, json, os, re, shutil, signal, sys, warnings
+import hashlib, html, json, os, re, shutil, sys, warnings
 from functools import lru_cache, partial
 from pathlib import Path
 
 # %% ../nbs/15_report.ipynb #bc48fd7d
 from .experiment import Spec, choose, parse_arch, preset, presets, records, results, root, runs_dir, summary, write
+from .runlock import stop_on_signals
 
 # %% ../nbs/15_report.ipynb #262e4614
 def drawing(study:str) -> list[str]:   # names of notebooks, in reading order
@@ -540,7 +541,7 @@ def valid(args:dict):   # as the parser gives them
 # %% ../nbs/15_report.ipynb #1e343e7b
 def main(argv:list|None=None):
     "The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore | bench | campaign."
-    if argv is None: argv = sys.argv[1:]; signal.signal(signal.SIGTERM, signal.default_int_handler)   # `kill` stops as Ctrl-C does
+    if argv is None: argv = sys.argv[1:]; stop_on_signals()
     try:
         check(argv, p := parser())
         valid(args := vars(p.parse_args(argv)))

@@ -24,8 +24,9 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../nbs/05_sweep.ipynb #5fc7449b
-from .experiment import (BrokenRecord, Claim, Spec, choose, claims, load_record, parse_arch, preset, results, root,
-                               run_dir, runs_dir, void, write)
+from .experiment import (BrokenRecord, Spec, choose, load_record, parse_arch, preset, results, root, run_dir, runs_dir,
+                               write)
+from .runlock import LostLock, RunLock, locked, tidy
 from .workers import WorkerDied, in_processes, own_cores
 
 # %% ../nbs/05_sweep.ipynb #ed760f0f
@@ -174,9 +175,9 @@ def unfinished(study:str, specs:list[Spec]) -> list[Spec]:
 # %% ../nbs/05_sweep.ipynb #8db1bbdf
 def train_one(spec:Spec, study:str, threads:int=1, after=None) -> tuple:   # the spec, what became of it, a traceback or None
     "One run of a sweep, in a process of its own: 'done', 'taken' by another process, or 'failed'."
-    claim = Claim(folder := run_dir(spec, study))
+    lock = RunLock(folder := run_dir(spec, study))
     try:
-        if not claim.take(): return spec, "taken", None
+        if not lock.take(): return spec, "taken", None
         if state(spec, study) in ("failed", "broken"): return spec, "failed", failure(spec, study) or _broken(spec, study)
         if kept(folder): return spec, "done", None
         executed = execute(spec, study, threads)
@@ -185,10 +186,11 @@ def train_one(spec:Spec, study:str, threads:int=1, after=None) -> tuple:   # the
         (folder/"failed.json").unlink(missing_ok=True)   # of an analysis that failed before
         return spec, "done", None
     except KeyboardInterrupt:
-        if not claim.lost: raise
+        if not lock.lost: raise
         return spec, "taken", None
+    except LostLock: return spec, "taken", None
     except Exception as e: return spec, "failed", note(spec, study, e)
-    finally: claim.release()
+    finally: lock.release()
 
 # %% ../nbs/05_sweep.ipynb #a3d6dff4
 def note(spec:Spec, study:str, error:Exception) -> str:   # the traceback
@@ -197,18 +199,18 @@ def note(spec:Spec, study:str, error:Exception) -> str:   # the traceback
     told = dict(spec=spec.__dict__, error=f"{type(error).__name__}: {error}", traceback=trace, host=platform.node(), time=time.strftime("%F %T"))
     try:
         if not isinstance(error, BrokenRecord): write(run_dir(spec, study)/"failed.json", json.dumps(told, indent=1)+"\n")
-    except OSError as e: trace += f"{e}\n"
+    except (OSError, LostLock) as e: trace += f"{e}\n"
     return trace
 
 # %% ../nbs/05_sweep.ipynb #c0a7e35d
 def died(spec:Spec, study:str, error:WorkerDied) -> tuple:   # as `train_one`
     "What became of a run that has ended its process: 'failed', unless another process has taken it up."
-    claim = Claim(folder := run_dir(spec, study))
+    lock = RunLock(folder := run_dir(spec, study))
     try:
-        if not claim.take(): return spec, "taken", None
+        if not lock.take(): return spec, "taken", None
         return (spec, "done", None) if kept(folder) else (spec, "failed", note(spec, study, error))
     except OSError as e: return spec, "failed", f"{error}\n{e}"
-    finally: claim.release()
+    finally: lock.release()
 
 # %% ../nbs/05_sweep.ipynb #dab5c051
 def by_processes(todo:list, workers:int, task) -> Iterator:   # task: from a spec to what `train_one` returns
@@ -248,9 +250,8 @@ ENGINES = dict(processes=by_processes, ray=by_ray)   # name to what `sweep` take
 
 # %% ../nbs/05_sweep.ipynb #a86f03c7
 def held(spec:Spec, study:str) -> bool:
-    "Whether a process that lives, or may live, has claimed a run."
-    last = claims(run_dir(spec, study))[-1:]
-    try: return bool(last) and not void(last[0])
+    "Whether a process that lives, or may live, holds the lock of a run."
+    try: return locked(run_dir(spec, study))
     except OSError: return False   # a full disk: `train_one` says so
 
 def outcomes(study:str, todo:list,
@@ -285,6 +286,7 @@ def sweep(study:str,                      # a section of settings.ini, or a fold
          ) -> dict:                       # key to traceback, for the runs that failed
     "Train the missing runs of a study."
     specs, cores = preset(study) if specs is None else specs, own_cores()
+    for s in specs: tidy(run_dir(s, study))
     failed = {s.key: _broken(s, study) for s in specs if state(s, study) == "broken"}
     todo, workers = unfinished(study, specs), workers or cores
     told = re.match(r"\s*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))   # OpenMP knows '4,2' as well: the first counts

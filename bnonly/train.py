@@ -76,7 +76,7 @@ with warnings.catch_warnings():
 
 # %% ../nbs/04_train.ipynb #c8854300
 from .data import Images, load_data, loaders, named, own_part
-from .experiment import SCHEDULES, Claim, Spec, choose, load_record, parameters, parse_arch, parse_policy, root, run_dir, seal, write
+from .experiment import SCHEDULES, Spec, choose, load_record, parameters, parse_arch, parse_policy, root, run_dir, seal, write
 from .graph import Graph
 from .kernels import accelerate, keep_memory, kernels
 from .models import BiasAct, FixupConv, create_model, generator, normalization
@@ -84,6 +84,7 @@ from .native import pytorch_convolves_bfloat16
 from .norms import affine_table, zero_rates
 from .penalties import Embedding, regularizers
 from .policies import counts, freeze, load_moved, moved, trainable
+from .runlock import LostLock, RunLock, tidy
 
 # %% ../nbs/04_train.ipynb #7a3f1037
 def step(t):
@@ -447,7 +448,7 @@ class Journal(Callback):
 @patch
 def after_epoch(self:Journal):
     if not rank_distrib() and (self.folder/"record.json").exists():
-        raise RuntimeError(f"{self.folder} was finished by another process while this one trained it; its record stands.")
+        raise LostLock(f"{self.folder} was finished by another process while this one trained it; its record stands.")
     (test, acc, five, *held), (total, seen) = self.recorder.values[-1][1:], summed(float(self.total), self.seen)
     row = dict(epoch=self.epoch+1, lr=self.opt.hypers[0]["lr"], train_loss=total/seen, loss=test,
                accuracy=100*acc, top5=100*five, **({} if num_distrib() > 1 else self.embedding.row()),
@@ -565,16 +566,19 @@ def fit(spec:Spec,                       # the run
         raise ValueError(f"data {data.name!r} is not the {spec.data!r} of {spec.key}; give load_data({spec.data!r}), or train on other images with learner.")
     if data and not data.unchanged():
         raise ValueError(f"data holds other images than those of its digest {data.digest}; bnonly.data.describe gives them a digest of their own.")
-    if record := _kept(folder := run_dir(spec, study), data): return record
+    if record := _kept(folder := run_dir(spec, study), data): return tidy(folder) or record
     device = torch.device(device or default_device())
-    with Claim(folder) as claim:
-        if not rank_distrib(): claim.wait(say or print)
+    with RunLock(folder) as lock:
+        if not rank_distrib(): lock.wait(say or print)
         if record := _kept(folder, data): return record   # of another process, which this one has waited for
         data, journal = data or load_data(spec.data), Journal(folder, say)
         dtype = journal.go_on(data, dtype, default_dtype(device, spec.arch), [type(c).__name__ for c in cbs], device)
         learn = learner(spec, data, [journal, *trajectory(spec, data, folder, device), *cbs, *trackers(spec, folder)], device, dtype)
-        learn.fit(spec.epochs)
-        record = agreed(finish(spec, learn, journal, data))
+        try:
+            learn.fit(spec.epochs)
+            record = agreed(finish(spec, learn, journal, data))
+        except LostLock:
+            if not (record := _kept(folder, data)): raise
         del learn, journal; gc.collect()   # a Learner and its callbacks hold each other, and with them the network
         return record
 
@@ -598,7 +602,6 @@ def finish(spec, learn, journal, data) -> dict|None:   # None but in the first p
     write(journal.folder/"moved.safetensors", safetensors.torch.save(ended, dict(spec=json.dumps(spec.__dict__))))
     sizes, last = counts(learn.model).loc["all"], journal.rows[-1]
     told = dict(undecodable=dict(count=len(left_out), names=named(left_out, 20))) if left_out else {}
-    for left in journal.folder.glob(".*.tmp"): left.unlink(missing_ok=True)   # by a process that was killed; before the record stands, none but us writes here
     record = seal(journal.folder, dict(
         spec=spec.__dict__, status="complete" if finite else "diverged",
         final={k: v if math.isfinite(v) else None for k,v in last.items() if k not in ("lr", "seconds")},

@@ -66,7 +66,7 @@ def survive(kills, spec=SPEC, seed=0):
         hit = reached(run_dir(spec, study))
         start(spec, study).join()
         ends_alike = kept(run_dir(spec, study)) and outcome(spec, study) == outcome(spec, whole)
-        left = list(run_dir(spec, study).glob("c*-*.json")) + list(run_dir(spec, study).glob("checkpoint*"))
+        left = [f for n in ("lock", ".*", "checkpoint*") for f in run_dir(spec, study).glob(n)]
         rows.append(dict(share=round(at / seconds, 3), hit=hit, equal=ends_alike and not left))
     return rows
 

@@ -11,8 +11,9 @@ from urllib.parse import unquote
 
 import pandas as pd
 import pytest
-from bnonly.experiment import owner, preset, run_dir, running, runs_dir, summary
+from bnonly.experiment import preset, run_dir, runs_dir, summary
 from bnonly.report import inputs, main, overview, pages, report, runs_page, settings, spread, unmeasured
+from bnonly.runlock import ended, holder
 from bnonly.sweep import state
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +139,7 @@ def test_what_nothing_can_be_done_with_is_refused(args, answer):
         main(args)
 
 
-@pytest.mark.parametrize("error,answer", [(ImportError("efficientnet needs timm."), "efficientnet needs timm."), (RuntimeError("it was claimed."), "it was claimed."),
+@pytest.mark.parametrize("error,answer", [(ImportError("efficientnet needs timm."), "efficientnet needs timm."), (RuntimeError("it was taken over."), "it was taken over."),
                                           (MemoryError(), "MemoryError"), (KeyboardInterrupt(), "what was finished is kept"),
                                           (OSError("Exception occured in `Journal` when calling event `after_epoch`:\n\tthe disk is full."), "the disk is full.")])
 def test_an_error_on_the_way_is_one_sentence(monkeypatch, error, answer):
@@ -201,9 +202,8 @@ def test_a_study_tells_of_a_run_that_killed_its_process(tmp_path, monkeypatch, c
     command, killed = [Path(sys.executable).parent / "bnonly", "study", "mini", "--workers", "1"], set()
     study = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while study.poll() is None:
-        for claim in run_dir(victim, "mini").glob("claim-*"):
-            pid = owner(claim).get("pid", study.pid)
-            if pid in killed | {study.pid}: continue   # the study itself claims the run to write down that it failed
+        pid = holder(run_dir(victim, "mini")).get("pid", study.pid)
+        if pid not in killed | {study.pid}:   # the study itself locks the run to write down that it failed
             os.kill(pid, signal.SIGSEGV)
             killed.add(pid)
         time.sleep(.01)
@@ -237,18 +237,18 @@ def test_make_study_goes_on_after_a_failure(tmp_path):
 
 
 def test_kill_ends_the_workers_too(tmp_path):
-    "Two runs of a study, stopped by SIGTERM once both are claimed."
+    "Two runs of a study, stopped by SIGTERM once both are locked."
     project(tmp_path)
     (tmp_path / "settings.ini").write_text(MINI.replace("epochs = 3", "epochs = 10000"))
     study = subprocess.Popen([Path(sys.executable).parent / "bnonly", "study", "mini", "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    claims = lambda: list(runs_dir().glob("mini/*/claim-*"))
+    locked = lambda: [f for f in runs_dir().glob("mini/*") if holder(f)]
     for _ in range(600):
-        if len(claims()) == 2: break
+        if len(locked()) == 2: break
         time.sleep(.2)
-    workers = {owner(c)["pid"] for c in claims()}
+    workers = [holder(f) for f in locked()]
     study.send_signal(signal.SIGTERM)
     assert "bnonly: stopped" in study.communicate(timeout=60)[1] and len(workers) == 2
     for _ in range(50):
-        if not any(map(running, workers)): break
+        if all(map(ended, workers)): break
         time.sleep(.2)
-    assert not any(map(running, workers))
+    assert all(map(ended, workers))

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from bnonly import experiment
-from bnonly.experiment import Claim, Spec, claims, load_record, results, run_dir
+from bnonly.experiment import Spec, load_record, results, run_dir
 from bnonly.sweep import by_processes, by_ray, failure, kept, missing, retry, state, sweep, unfinished
 from bnonly.train import fit
 from test_train import Stop
@@ -81,7 +82,7 @@ assert not sweep("both", specs, workers=1, say=lambda _: None, after=after, paus
     both = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(log)]) for _ in range(2)]
     assert [p.wait(300) for p in both] == [0, 0]
     assert sorted(log.read_text().split()) == sorted(Spec(arch="resnet8", epochs=1, seed=s).key for s in range(4))
-    assert len(results("both")) == 4 and not list(run_dir(TINY, "both").parent.glob("*/claim-*"))
+    assert len(results("both")) == 4 and not list(run_dir(TINY, "both").parent.glob("*/lock"))
 
 
 def test_a_run_cut_off_before_its_notebook_gets_its_analysis_and_is_not_trained_again():
@@ -115,8 +116,8 @@ def test_a_full_disk_is_named_and_keeps_the_last_good_state(monkeypatch):
     assert sweep("scratch", [TINY], say=quiet, run=here) == {}
 
 
-def test_a_full_disk_leaves_no_claim_that_nobody_holds(tmp_path):
-    code = "import sys; from bnonly.experiment import Claim; Claim(sys.argv[1]).take()"
+def test_a_full_disk_leaves_no_lock_that_nobody_holds(tmp_path):
+    code = "import sys; from bnonly.runlock import RunLock; RunLock(sys.argv[1]).take()"
     done = subprocess.run(["bash", "-c", 'ulimit -f 0; exec "$@"', "-", sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert f"{tmp_path} could not be written" in done.stderr and not list(tmp_path.iterdir())
 
@@ -173,7 +174,7 @@ VICTIM, OTHERS = Spec(arch="resnet8", epochs=300), [Spec(arch="resnet8", epochs=
 
 
 def test_a_run_that_ends_its_process_is_tried_twice_and_stops_no_other(tmp_path, capsys):
-    "In the midst of its training, so that it leaves its claim. Its last words are printed the first time, then kept."
+    "In the midst of its training, so that it leaves its lock. Its last words are printed the first time, then kept."
     lines, log = [], tmp_path / "log"
     failed = sweep("struck", [VICTIM, *OTHERS], 2, say=lines.append, run=striking(VICTIM, os.abort, log))
     assert [state(s, "struck") for s in (VICTIM, *OTHERS)] == ["failed", *["complete"]*3]
@@ -183,11 +184,11 @@ def test_a_run_that_ends_its_process_is_tried_twice_and_stops_no_other(tmp_path,
     assert told["error"] == "WorkerDied: its process was ended by SIGABRT"
     assert all(part in told["traceback"] for part in (told["error"], "Fatal Python error: Aborted", "in strike"))
     assert capsys.readouterr().err.count("Fatal Python error: Aborted") == 1
-    assert failed == {VICTIM.key: told["traceback"]} and not list(run_dir(VICTIM, "struck").glob("claim-*"))
+    assert failed == {VICTIM.key: told["traceback"]} and not list(run_dir(VICTIM, "struck").glob("lock"))
 
 
 def test_a_run_that_ended_its_process_is_left_alone_until_it_is_asked_for(tmp_path):
-    "Its claim is void at once: nobody waits for the pause of an hour between two looks at runs that others train."
+    "Its lock is stale at once: nobody waits for the pause of an hour between two looks at runs that others train."
     log, victim = tmp_path / "log", Spec(arch="resnet8", epochs=20)
     run = striking(victim, kill, log, times=3)
     assert list(sweep("struck", [victim], say=quiet, run=run)) == [victim.key] and log.read_text() == "tried\n"*2
@@ -197,7 +198,7 @@ def test_a_run_that_ended_its_process_is_left_alone_until_it_is_asked_for(tmp_pa
     assert sweep("struck", [victim], say=quiet, run=run, pause=3600) == {} and log.read_text() == "tried\n"*4
     left = {f.name for f in run_dir(victim, "struck").iterdir()}
     assert kept(run_dir(victim, "struck"))
-    assert not [n for n in left if n.startswith((".", "failed", "claim", "checkpoint"))]
+    assert not [n for n in left if n.startswith((".", "failed", "lock", "checkpoint"))]
 
 
 def test_a_run_without_memory_stops_no_other(tmp_path):
@@ -219,33 +220,31 @@ def test_an_analysis_that_ends_its_process_is_made_up_for(tmp_path):
     assert load_record(run_dir(TINY)) == record and kept(run_dir(TINY)) and not failure(TINY, "scratch")
 
 
-def test_a_claim_that_was_lost_is_not_released_for_its_new_owner(tmp_path):
-    first, second = Claim(tmp_path), Claim(tmp_path)
-    assert first.take()
-    os.utime(first.file, (0, 0))
-    first.file.write_text('{"host": "elsewhere", "pid": 1}')
-    os.utime(first.file, (0, 0))
-    assert second.take()
-    first.release()
-    assert claims(tmp_path) == [second.file]
-    second.release()
+def test_a_run_that_another_process_has_taken_over_is_looked_at_again(monkeypatch):
+    "The sleeper writes nothing more, its run does not count as failed, and the record is the other one's."
+    record, look = fit(TINY), experiment.check
+
+    def late(folder):
+        monkeypatch.setattr(experiment, "check", look)
+        file, = (folder / "lock").iterdir()
+        file.rename(file.with_name("another"))
+        try: look(folder)
+        finally: shutil.rmtree(folder / "lock")
+    shutil.copytree(run_dir(TINY), run_dir(TINY, "other"))
+    monkeypatch.setattr(experiment, "check", late)
+    assert sweep("other", [TINY], say=quiet, run=here, pause=.1) == {} and experiment.check is look
+    assert kept(run_dir(TINY, "other")) and load_record(run_dir(TINY, "other")) == record
+    assert not (run_dir(TINY, "other") / "failed.json").exists()
 
 
-def test_a_claim_released_between_two_looks_is_not_held_twice(tmp_path, monkeypatch):
-    "The second finds claim-1, which is released; a third makes claim-1 anew before the second makes claim-2."
-    first, second, third = (Claim(tmp_path) for _ in range(3))
-    assert first.take()
-    look = experiment.void
-
-    def late(claim):
-        monkeypatch.setattr(experiment, "void", look)
-        first.release()
-        found = look(claim)
-        assert third.take()
-        return found
-    monkeypatch.setattr(experiment, "void", late)
-    assert not second.take() and claims(tmp_path) == [third.file]
-    third.release()
+def test_a_killed_sweep_is_cleared_by_the_next_one():
+    "The lock of a process that has ended, and a temporary file, beside a run that is done."
+    assert sweep("scratch", [TINY], workers=1, say=quiet) == {}
+    before = sorted(run_dir(TINY).iterdir())
+    code = "import sys; from bnonly.runlock import RunLock; assert RunLock(sys.argv[1]).take(); open(sys.argv[1] + '/.abc.tmp', 'w')"
+    subprocess.run([sys.executable, "-c", code, run_dir(TINY)], cwd=ROOT, check=True)
+    assert (run_dir(TINY) / "lock").exists()
+    assert sweep("scratch", [TINY], workers=1, say=quiet) == {} and sorted(run_dir(TINY).iterdir()) == before
 
 
 def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, monkeypatch):
