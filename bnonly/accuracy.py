@@ -9,7 +9,7 @@ __all__ = ['SCENE', 'DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL',
            'table1', 'tableC1', 'drawn', 'save', 'rounded', 'draw_table', 'plain_table', 'save_table', 'Line', 'Layout',
            'points', 'gaps', 'papers', 'told', 'accuracy_panel', 'seeds', 'corner', 'footnote', 'legend', 'empty',
            'images', 'accuracy_figure', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets', 'small_runs',
-           'fig10', 'beyond', 'verdict', 'ordering', 'shown']
+           'fig10', 'welch', 'interval', 'verdict', 'ordering', 'shown']
 
 # %% ../nbs/07_accuracy.ipynb #df5f7ece
 import textwrap
@@ -23,6 +23,7 @@ import pandas as pd
 from matplotlib.category import StrCategoryLocator
 from matplotlib.colors import to_hex
 from matplotlib.ticker import FixedLocator
+from scipy.special import stdtrit
 from scipy.stats import linregress
 
 # %% ../nbs/07_accuracy.ipynb #0707d04e
@@ -567,19 +568,27 @@ def fig10(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     legend(fig, 2)
     return footnote(fig, f"{images(table, both)}, {SPREAD}", *missing)
 
-# %% ../nbs/07_accuracy.ipynb #8bec663b
-def beyond(se:float,           # of a mean, or of a difference of means; NaN of a single seed
-           n:int,              # seeds behind it, the fewer of a difference
-           single:float=2.     # points: what one or two seeds must differ by
-          ) -> float:          # points
-    "How far from a number a mean must lie to differ from it: two standard errors, and more with two seeds, which may agree by chance."
-    return single if np.isnan(se) else max(2*se, single*(n == 2))
+# %% ../nbs/07_accuracy.ipynb #c58c51bb
+def welch(parts:list   # of (weight, sd, n): a sum of weighted means
+         ) -> tuple[float, float]:   # standard error, degrees of freedom; NaN where a mean is of a single seed
+    "The error of a weighted sum of means, by Welch and Satterthwaite."
+    variances = [w*w*sd*sd/n for w,sd,n in parts]
+    if not sum(variances) > 0: return sum(variances)**.5, min(n for *_,n in parts) - 1.   # all seeds equal, or NaN
+    return sum(variances)**.5, sum(variances)**2/sum(v*v/(n-1) for v,(*_,n) in zip(variances, parts) if v)
 
+# %% ../nbs/07_accuracy.ipynb #369c391a
+def interval(value:float, se:float, df:float, confidence:float=.95) -> tuple[float, float]:
+    "Where the true value is to be expected, by Student's t; without bounds where a seed stands alone."
+    if np.isnan(se): return -np.inf, np.inf
+    reach = stdtrit(df, (1 + confidence)/2)*se if se else 0.
+    return value - reach, value + reach
+
+# %% ../nbs/07_accuracy.ipynb #8bec663b
 def verdict(above:dict, below:dict) -> str:   # rows of `summary`: mean, sd, n
-    "Whether one mean lies `beyond` another."
-    gap, se = above["mean"] - below["mean"], (above["sd"]**2/above["n"] + below["sd"]**2/below["n"])**.5
-    margin = beyond(se, min(above["n"], below["n"]))
-    return "holds" if gap > margin else "reversed" if -gap > margin else "not told apart"
+    "Whether one mean lies beyond another, at a level of 5%."
+    error = welch([(1, above["sd"], above["n"]), (-1, below["sd"], below["n"])])
+    low, high = interval(above["mean"] - below["mean"], *error)
+    return "holds" if low > 0 else "reversed" if high < 0 else "not told apart"
 
 SEEDS = 3   # fewer say little about a spread
 

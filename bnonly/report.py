@@ -139,7 +139,7 @@ CAPTIONS = {   # name to what it shows, the families it has panels for; the figu
     "fig04": ("The distribution of gamma in one deep network, the paper's ResNet-110 and ResNet-101", "ResNet ImageNet"),
     "fig05": ("The share of gammas below three thresholds", "ResNet WRN ImageNet"),
     "fig06": ("The change in accuracy when small gammas are set to 0", "ResNet WRN ImageNet"),
-    "fig07": ("The share of ReLUs that are silent on 99% of inputs", "ResNet WRN ImageNet"),
+    "fig07": ("The share of ReLUs that are zero in more than 99% of images and positions", "ResNet WRN ImageNet"),
     "fig10": ("Training only BatchNorm beside small networks that train in full", "ResNet WRN small"),
     **{f"fig{n}": (f"The distributions of {what} in {dict(ImageNet='the ResNets for ImageNet').get(f, f'every {f}')}", f) for n,what,f in (
         (15, "gamma", "ResNet"), (16, "beta", "ResNet"), (17, "gamma", "WRN"), (18, "beta", "WRN"),
@@ -251,7 +251,7 @@ def answer(comparisons,   # as `bnonly.accuracy.ordering` gives them
     told = ", ".join(f"{n} {what}" for what,n in found.items() if what != "holds")
     items = "".join(f"<li>{html.escape(o[0].upper() + o[1:])}</li>" for o in against)
     return ((f"<p>Of the paper's {len(comparisons)} comparisons of mean test accuracy, {found.get('holds', 0)} hold{f' ({told})' if told else ''}: "
-             "the means differ, the paper's way, by more than two standard errors, and by more than two points where either has only one or two seeds.</p>" if len(comparisons) else "")
+             "the means differ, the paper's way, by Welch's t-test at 5%.</p>" if len(comparisons) else "")
             + (f"<p>What disagrees with the paper:</p><ul>{items}</ul>" if items else "")
             + (table_html(comparisons) if len(comparisons) else ""))
 
@@ -262,17 +262,17 @@ def claims(study:str):   # as `bnonly.claims.ledger` gives it
     if not records(study): raise ValueError(f"study {choose('study', study, presets())!r} has no finished run; train it first: bnonly study {study}.")
     found = ledger(gather(study), claims_of(study))
     keep(found, study)
-    write(runs_dir()/study/"report"/"claims.html", page(f"The paper's claims: {study}", f"<h1>The paper's claims</h1><p class=small><a href='claims.csv'>data (CSV)</a></p>{table_html(found.drop(columns='id'), 'claims')}", study, "claims"))
+    write(runs_dir()/study/"report"/"claims.html", page(f"The paper's claims: {study}", f"<h1>The paper's claims</h1><p class=small><a href='claims.csv'>data (CSV)</a></p>{table_html(found.drop(columns=['id', 'kind', 'same_as']), 'claims')}", study, "claims"))
     return found
 
 def claims_html(found) -> str:   # found: as `claims` gives it
     "The claims that were measured, and the number of all verdicts."
     from bnonly.claims import tally
-    return (f"<p>{len(found)} claims: {html.escape(tally(found))}. Only what is measured on the paper's images, epochs and networks, with as many seeds, or counted, "
-            "can be reproduced. A number agrees within two standard errors (at most two points), or within the claim's tolerance where that is more. An ordering must exceed its "
-            "error, and a bound gets no margin; between, a claim is undecided. A claim about several networks holds when it does for each. "
+    return (f"<p>{html.escape(tally(found))}. Only what is measured on the paper's images, epochs and networks, with as many seeds, or counted, can be "
+            "reproduced. A claim holds where the whole 95% interval of what was measured (Welch's t) agrees with it, does not hold where none of the interval does, "
+            "and is undecided otherwise, as with a single seed. A claim about several networks holds when it does for each. A number in several sentences counts once. "
             "<a href='claims.html'>All of them</a>, with the runs that the others need.</p>"
-            + table_html(found[found.verdict != "not measured"].drop(columns=["id", "needs"]), "claims"))
+            + table_html(found[found.verdict != "not measured"].drop(columns=["id", "needs", "kind", "same_as"]), "claims"))
 
 # %% ../nbs/15_report.ipynb #0d4b6e91
 def unmeasured(study:str) -> list[dict]:   # run, state, error
@@ -434,15 +434,16 @@ def figures_command(study:str):
     line = Line()
     line(f"{study}: the figures are in {figures(study, line)}", end=True)
 
-def claims_command(study:str):
+def claims_command(study:str, as_json:bool=False):
     "Print what a study says about each of the paper's claims."
     from bnonly.claims import tally
     found = claims(study)
+    if as_json: return print(found.to_json(orient="records", indent=1, force_ascii=False))
     for r in found.to_dict("records"):
         print(f"{r['place']}: {r['claim']}: {r['paper']} in the paper; "
               + (f"{r['measured']}{' (n = ' + r['n'] + ')' if r['n'] else ''}: " if r["measured"] else "") + r["verdict"]
               + (f" (needs {r['needs']})" if r["needs"] else ""))
-    print(f"\n{len(found)} claims: {tally(found)}")
+    print(f"\n{tally(found)}")
 
 # %% ../nbs/15_report.ipynb #a8cdb095
 def campaign_command(minutes:float, out:str, workers:int, study:str):
@@ -502,6 +503,7 @@ def parser():
     for name,what in COMMANDS.items():
         own = commands.add_parser(name, help=what)
         own.add_argument("name", help="a section of settings.ini, e.g. demo, short, paper")
+        if name == "claims": own.add_argument("--json", action="store_true", help="print a list of records instead")
         if name == "study":
             own.add_argument("--workers", type=int, default=0, help="processes; 0 is one for each core (default: 0)")
             own.add_argument("--only", default="", help="part of the study, e.g. 'policy=bn arch=resnet56,resnet110'")
@@ -550,7 +552,8 @@ def main(argv:list|None=None):
         elif args["command"] == "campaign": campaign_command(*(args[k] for k in ("minutes", "out", "workers", "study")))
         elif args["command"] == "study": study_command(args["name"], *(args[k] for k in ("workers", "only", "retry_failed", "dry_run", "engine", "gpus_per_run")))
         elif args["command"] == "bench": bench_command(*(args[k] for k in ("archs", "policies", "open_lth", "rounds", "ideas", "kernels", "goals", "steps", "json")))
-        else: dict(figures=figures_command, claims=claims_command, report=report_command)[args["command"]](args["name"])
+        elif args["command"] == "claims": claims_command(args["name"], args["json"])
+        else: dict(figures=figures_command, report=report_command)[args["command"]](args["name"])
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as e:
         sys.exit(f"bnonly: {re.sub(FASTAIS, '', str(e)) or type(e).__name__}")
     except KeyboardInterrupt: sys.exit("\nbnonly: stopped" + {"bench": "; a benchmark that is cut off keeps no record; its rows are above", "explore": ""}.get(argv[0],

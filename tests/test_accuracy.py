@@ -112,13 +112,20 @@ def test_each_family_has_its_own_recipe():
 
 
 def test_an_ordering_holds_by_the_rule_of_the_claims():
-    "Beyond two standard errors, and two points with one or two seeds; and a comparison of fewer than three seeds is left out where others have them."
-    from bnonly.claims import Point, _item, judge
+    "By Welch's t-test at 5%, as scipy has it, and never of one seed; a comparison of fewer than three seeds is left out where others have them."
+    from bnonly.claims import CLAIMS, judge
+    from bnonly.measures import weighted
+    from bnonly.selections import Point
+    from scipy.stats import ttest_ind_from_stats
     words = {"holds": "holds", "undecided": "not told apart", "does not hold": "reversed"}
+    claim = next(c for c in CLAIMS if c.id == "bn-over-random2")
     for one, two, sd, gap in product((1, 2, 3, 5), (1, 2, 5), (.1, 1., 4.), (-9, -5, -2.5, -1.5, -.3, 0, .3, 1.5, 2.5, 5, 9)):
         above, below = [dict(mean=60. - g, sd=d if n > 1 else np.nan, n=n) for g, d, n in ((0, 1., one), (gap, sd, two))]
         a, b = [Point("", r["mean"], r["sd"], r["n"], set()) for r in (above, below)]
-        assert acc.verdict(above, below) == words[judge(_item("", a, b), 0, np.inf, ordering=True)]
+        found = acc.verdict(above, below)
+        assert found == words[judge(weighted("", (1, a), (-1, b)), claim)]
+        p = ttest_ind_from_stats(60., 1., one, 60. - gap, sd, two, equal_var=False).pvalue if min(one, two) > 1 else 1.
+        assert found == ("not told apart" if p > .05 else "holds" if gap > 0 else "reversed")
     rows = [("resnet14", p, s, v + s) for p, v in (("bn", 60), ("random2", 40)) for s in range(3)] + [("resnet32", p, 0, 50) for p in ("bn", "random2")]
     found = acc.ordering(runs(*rows))
     assert found[["the paper finds", "first", "second", "here"]].values.tolist() == [["resnet14 bn > resnet14 random2", "61.0 ± 1.0 (3)", "41.0 ± 1.0 (3)", "holds"]]

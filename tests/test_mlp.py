@@ -171,11 +171,11 @@ def test_more_than_ten_points_above_random_weights(random, verdict):
     assert said("mlp784-random", runs(values)) == verdict + MLP
 
 
-@pytest.mark.parametrize("value,verdict", [(90.1, "holds"), (88.1, "undecided"), (87., "does not hold")])
+@pytest.mark.parametrize("value,verdict", [(90.1, "holds"), (89.9, "does not hold")])
 def test_above_90_is_a_bound(value, verdict):
     table = lambda v, n: runs({(a, BN): (v,)*n for a in mlp.mlps(784)})
     assert said("mlp784-over-90", table(value, 2)) == verdict + MLP
-    assert said("mlp784-over-90", table(88.1, 1)) == "undecided" + MLP
+    assert said("mlp784-over-90", table(value, 1)) == "undecided" + MLP   # one seed
 
 
 UNTOLD = "a LeNet of which the report gives neither activation nor BatchNorms"   # so no LeNet is quite the paper's
@@ -184,20 +184,20 @@ UNTOLD = "a LeNet of which the report gives neither activation nor BatchNorms"  
 def test_other_runs_of_the_same_network_do_not_count():
     others = {("mlp4-784", ("bn", "batch", "symmetric")): (95,), ("mlp4-784", ("gamma", "affine", "symmetric")): (95,), ("mlp4-784", ("gamma", "batch", "ones")): (95,)}
     assert said("mlp784-95", runs(others)) == "not measured"
-    assert said("lenet-bn", runs({("lenet5", BN): (30,)}).assign(weight_decay=1e-4)) == f"holds on MNIST, 100 epochs, weight_decay=0.0001, {UNTOLD}"
+    assert said("lenet-bn", runs({("lenet5", BN): (30, 30)}).assign(weight_decay=1e-4)) == f"holds on MNIST, 100 epochs, weight_decay=0.0001, {UNTOLD}"
 
 
 def test_lenet_at_thirty():
-    table = runs({("lenet5", BN): (31, 33), ("lenet5", RANDOM): (29, 30)})
+    table = runs({("lenet5", BN): (30., 30.01), ("lenet5", RANDOM): (27.5, 27.51)})
     assert said("lenet-bn", table) == said("lenet-random", table) == f"holds on MNIST, 100 epochs, {UNTOLD}"
-    assert said("lenet-bn", runs({("lenet5", BN): (61, 63)})) == f"does not hold on MNIST, 100 epochs, {UNTOLD}"
+    assert said("lenet-bn", runs({("lenet5", BN): (61, 62)})) == f"does not hold on MNIST, 100 epochs, {UNTOLD}"
 
 
 def test_differences_of_differences():
     "Normalization adds 1 point to two layers and 30 to fourteen."
     values = {("mlp2-10", ALL): 91, ("mlp2-10", PLAIN): 90, ("mlp14-10", ALL): 80, ("mlp14-10", PLAIN): 50}
     spread = lambda v, by: (v-by, v+by)
-    assert said("mlp10-norm-helps-deeper", runs({k: spread(v, .1) for k, v in values.items()})) == "holds" + MLP
+    assert said("mlp10-norm-helps-deeper", runs({k: spread(v, .01) for k, v in values.items()})) == "holds" + MLP
     assert said("mlp10-norm-helps-deeper", runs({k: spread(v, 20) for k, v in values.items()})) == "undecided" + MLP
     pairs = {(f"mlp{d}-{w}", BN): (50 + w/10 - d,) for d in mlp.DEPTHS for w in (10, 100)}
     assert said("mlp100-over-10", runs({k: v*2 for k, v in pairs.items()})) == "holds" + MLP
