@@ -86,13 +86,16 @@ def _pair(value): return tuple(value) if isinstance(value, list) else (value, va
 def stated(row:dict   # of claims.toml
           ) -> dict:  # number or bounds, and says
     "What a paper gives, as a number or as bounds."
-    if "number" in row: return dict(number=_pair(row["number"]), says=" to ".join(f"{v:g}" for v in dict.fromkeys(_pair(row["number"]))))
+    if "number" in row:
+        ends = _pair(row["number"])
+        return dict(number=ends, says=" to ".join(f"{v:g}" for v in dict.fromkeys(ends)))
     if "range" in row: return dict(bounds=_pair(row["range"]), says="{:g} to {:g}".format(*row["range"]))
     if "within" in row: return dict(bounds=(-row["within"], row["within"]), says=f"within {row['within']:g}")
     if "least" in row: return dict(bounds=(row["least"], np.inf), says=f"at least {row['least']:g}")
     if "most" in row: return dict(bounds=(-np.inf, row["most"]), says=f"at most {row['most']:g}")
     if "printed" in row: return printed(row["printed"])
-    return dict(bounds=(np.finfo(float).tiny, np.inf), says={"stronger": "rises", "weaker": "falls"}.get(row["kind"], "above"))
+    word = {"stronger": "rises", "weaker": "falls"}.get(row["kind"], "above")
+    return dict(bounds=(np.finfo(float).tiny, np.inf), says=word)
 
 # %% ../nbs/12_claims.ipynb #81903af5
 def printed(text:str   # e.g. '8.3K', '0.64%', '4x'
@@ -146,7 +149,8 @@ def counted(of:str   # e.g. 'resnet14 bn', 'cifar bn / total', 'resnet866 bn / r
 def _growth(_, claim):
     "The factor of each residual block at the start, or after a first step."
     steps = int(claim.column == "change")
-    return [Item("exact", (at_start(claim.runs[0], 64, steps)[claim.column]/at_start(claim.runs[0], 10, steps)[claim.column])**(1/27), 0., np.inf, 0)]
+    large, little = (at_start(claim.runs[0], depth, steps)[claim.column] for depth in (64, 10))
+    return [Item("exact", (large/little)**(1/27), 0., np.inf, 0)]
 
 def _count(_, claim):
     return [Item("exact", counted(claim.of)*(100 if "%" in claim.says else 1), 0., np.inf, 0)]
@@ -223,9 +227,10 @@ def verdict(claim:Claim, items:list) -> str:
     few = min(((n, seeds[w[0]]) for _,n,w in points if where <= scales and n < seeds[w[0]]), default=None)
     part = f" ({part}" if part else ""
     if where <= scales and have >= archs and not few: return at_scale.get(came, came) + part
-    if claim.kind == "best" and came != "holds" and not have >= archs: return "not measured"   # a larger one may be missing
-    others = f", {len(have & archs)} of {len(archs)} networks" if have & archs else f", {len(have)} stand-in{'s'*(len(have) != 1)}"
-    return f"{came}{part} on {_places(where)}{'' if have >= archs else others}" + (", {} of {} seeds".format(*few) if few else "")
+    if claim.kind == "best" and came != "holds" and not have >= archs: return "not measured"   # a larger may be missing
+    others = "" if have >= archs else f", {len(have)} stand-in{'s'*(len(have) != 1)}"
+    if others and have & archs: others = f", {len(have & archs)} of {len(archs)} networks"
+    return f"{came}{part} on {_places(where)}{others}" + (", {} of {} seeds".format(*few) if few else "")
 
 # %% ../nbs/12_claims.ipynb #55650be1
 def _number(v): return f"{v:.3f}" if 0 < abs(v) < 1 else f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.1f}"
@@ -236,13 +241,15 @@ def _measured(items):
     halves = [np.diff(i.ends or interval(i.value, i.se, i.df))[0]/2 for i in items]
     error = max((h for h in halves if np.isfinite(h)), default=0)
     if len(items) == 1: return _number(values[0]) + (f" ± {_number(error)}" if error else "")
-    return f"{_number(min(values))} to {_number(max(values))}" + (f" (each ± {_number(error)} or less)" if error else "")
+    spread = f" (each ± {_number(error)} or less)" if error else ""
+    return f"{_number(min(values))} to {_number(max(values))}{spread}"
 
 # %% ../nbs/12_claims.ipynb #719093aa
 def needs(claim:Claim) -> str:
     "Which runs a claim asks for."
     _, scales, seeds = scale_of(claim)
-    return f"{'; '.join(claim.runs)} on {' and '.join(f'{i} for {e} epochs, {seeds[i]} seeds' for i,e,_ in sorted(scales))}"
+    where = " and ".join(f"{i} for {e} epochs, {seeds[i]} seeds" for i,e,_ in sorted(scales))
+    return f"{'; '.join(claim.runs)} on {where}"
 
 AUTHORS = dict(frankle="", henriksboe="Henriksboe, ", dauphin="Dauphin and Cubuk, ")
 
@@ -253,7 +260,8 @@ def _row(claim, items, first):
     seeds = sorted({i.n for i in items if not exact})
     same = first.setdefault((claim.kind, claim.runs, claim.on, claim.column, claim.of, claim.rates), claim.id)
     return {"id": claim.id, "place": AUTHORS[claim.paper] + claim.place, "claim": claim.text, "paper": claim.says,
-            "measured": _measured(items) if items else "", "n": "-".join(map(str, dict.fromkeys([*seeds[:1], *seeds[-1:]]))),
+            "measured": _measured(items) if items else "",
+            "n": "-".join(map(str, dict.fromkeys([*seeds[:1], *seeds[-1:]]))),
             "verdict": came, "needs": "" if items else needs(claim), "kind": "count" if exact else "finding",
             "same_as": "" if same == claim.id else same}
 
@@ -281,7 +289,8 @@ def tally(table:pd.DataFrame   # as `ledger` gives it
          ) -> str:
     "How many counts and how many findings came to which verdict, in a sentence's words."
     said, rows = [], once(table)
-    for kind,names in (("count", {"reproduced": "right", "not reproduced": "wrong"}), ("finding", {v: v for v in reversed(ORDER)})):
+    words_of = dict(count={"reproduced": "right", "not reproduced": "wrong"}, finding={v: v for v in reversed(ORDER)})
+    for kind,names in words_of.items():
         own = rows[rows.kind == kind]
         found = own.came.value_counts()
         words = ", ".join(f"{found[v]} {name}" for v,name in names.items() if found.get(v, 0))

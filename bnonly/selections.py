@@ -58,7 +58,8 @@ UNTOLD = dict(lenet="a LeNet of which the report gives neither activation nor Ba
 def where(run:dict) -> tuple:   # images, epochs, and what of the recipe is not the paper's
     "On what a run was made. Other images have another recipe anyway."
     paper = papers_recipe(run["arch"])
-    fields = [n for n in Spec.__dataclass_fields__ if n in run and n not in {"arch", "policy", "seed", "data", "epochs", *FREE}]
+    free = {"arch", "policy", "seed", "data", "epochs", *FREE}
+    fields = [n for n in Spec.__dataclass_fields__ if n in run and n not in free]
     odd = [f"{n}={run[n]}" for n in fields if run[n] != getattr(paper, n)]
     words = filter(None, [*odd, UNTOLD.get(parse_arch(run["arch"]).family)])
     return run["images"], run["epochs"], ", ".join(words) if run["data"] == paper.data else ""
