@@ -161,20 +161,20 @@ def default_device() -> torch.device:
         raise ValueError(f"BNONLY_DEVICE {name!r} cannot be used here ({str(e).splitlines()[0]}); say 'cpu', or leave it out.") from None
 
 # %% ../nbs/04_train.ipynb #9154b045
-def bfloat16_pays(arch:str) -> bool:
-    "Whether this CPU trains a network faster in bfloat16 than in float32: PyTorch multiplies it faster, or our kernels move half the bytes."
+def bfloat16_pays(arch:str, norm:str="batch") -> bool:
+    "Whether this CPU trains a network faster in bfloat16: PyTorch multiplies it faster, or our kernels move half the bytes."
     pytorch, (family, _, width) = pytorch_convolves_bfloat16(), parse_arch(arch)
     if pytorch == "all": return True
     if family in ("mlp", "lenet"): return False
     if pytorch == "direct": return True
-    own = kernels()
+    own = kernels() if "fixup" not in norm else None   # Fixup's convolutions are PyTorch's
     wide = family in ("cifar", "wide", "vgg") and width % 1 == 0   # of multiples of 16 channels
     return own is not None and (wide or family == "imagenet" and own[torch.bfloat16].float16)
 
-def default_dtype(device:torch.device, arch:str) -> torch.dtype:
+def default_dtype(device:torch.device, arch:str, norm:str="batch") -> torch.dtype:
     "bfloat16 where it is faster than float32."
     if device.type == "cuda": own = torch.cuda.is_bf16_supported(including_emulation=False)
-    else: own = device.type == "cpu" and bfloat16_pays(arch)
+    else: own = device.type == "cpu" and bfloat16_pays(arch, norm)
     return torch.bfloat16 if own else torch.float32
 
 # %% ../nbs/04_train.ipynb #9154b046
@@ -202,7 +202,7 @@ def learner(spec:Spec,                        # the run
            ) -> Learner:
     "A fastai Learner with the network, the data and the paper's recipe of `spec`."
     data, device = data or load_data(spec.data), torch.device(device or default_device())
-    model = prepare(network(spec, shape(data)), device, dtype or default_dtype(device, spec.arch))
+    model = prepare(network(spec, shape(data)), device, dtype or default_dtype(device, spec.arch, spec.norm))
     opt, extra = partial(sgd, momentum=spec.momentum, weight_decay=spec.weight_decay), regularizers(spec)
     own = [TrainEvalCallback(), recorder(), Schedule(spec.lr, spec.schedule), Epochs(), *extra]
     metrics = [accuracy, top5]
@@ -572,7 +572,7 @@ def fit(spec:Spec,                       # the run
         if not rank_distrib(): lock.wait(say or print)
         if record := _kept(folder, data): return record   # of another process, which this one has waited for
         data, journal = data or load_data(spec.data), Journal(folder, say)
-        dtype = journal.go_on(data, dtype, default_dtype(device, spec.arch), [type(c).__name__ for c in cbs], device)
+        dtype = journal.go_on(data, dtype, default_dtype(device, spec.arch, spec.norm), [type(c).__name__ for c in cbs], device)
         learn = learner(spec, data, [journal, *trajectory(spec, data, folder, device), *cbs, *trackers(spec, folder)], device, dtype)
         try:
             learn.fit(spec.epochs)

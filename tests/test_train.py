@@ -293,6 +293,13 @@ def test_where_bfloat16_pays(pytorch, float16, arch, answer, monkeypatch):
     assert bfloat16_pays(arch) is answer
 
 
+def test_fixup_has_no_bfloat16_where_pytorch_is_slow_in_it(monkeypatch):
+    "Its convolutions are PyTorch's, which without AVX-512 multiplies bfloat16 in a plain loop."
+    for pytorch, answer in (("none", False), ("direct", True), ("all", True)):
+        monkeypatch.setattr("bnonly.train.pytorch_convolves_bfloat16", lambda: pytorch)
+        assert bfloat16_pays("wrn10-1", "fixup") is answer
+
+
 @pytest.mark.parametrize("cap, features", [("AVX2", set()), ("AVX512_CORE", set()), ("avx512_core_bf16", {"avx512_bf16"}), ("", {"avx512_bf16", "amx_bf16"})])
 def test_pytorch_is_held_to_what_the_environment_allows(cap, features, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
