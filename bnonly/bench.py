@@ -464,7 +464,7 @@ def recorded(name:str   # of a file in runs/bench, e.g. 'cpu'
             ) -> dict|None:
     "A committed benchmark, if there is one."
     file = root()/"runs/bench"/f"{name}.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return json.loads(file.read_bytes()) if file.exists() else None
 
 def goals() -> pd.DataFrame:
     "The goals beside what a GPU took, as committed."

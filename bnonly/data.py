@@ -29,6 +29,7 @@ from .photos import Decoded, Files, class_folders, decoded_batches, named, open_
 from .readers import (CIFAR10, CORRUPTIONS, SEVERITIES, SOURCES, SVHN_SIZE, mnist_folder, read_corrupted, read_mat,
                             read_mnist, read_newer)
 from .tiny_imagenet import read_tiny
+from .workers import own_cores
 
 # %% ../nbs/01_data.ipynb #c7986498
 @dataclass(frozen=True, eq=False, repr=False)
@@ -385,7 +386,7 @@ class FileBatches:
                  workers:int|None=None):   # processes that decode; by default as many as there are cores for each
         self.images, self.data, self.batch_size, self.train = images, data, batch_size, train
         self.seed, self.share = seed, share
-        self.workers, self.broken = (os.cpu_count() or 1)//share[1] if workers is None else workers, set()
+        self.workers, self.broken = own_cores()//share[1] if workers is None else workers, set()
         self.affine = affine(data, 224*224, device)
         self.device, self.epoch = torch.device(device), 0
 

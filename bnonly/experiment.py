@@ -10,6 +10,7 @@ __all__ = ['IMAGENET_DEPTHS', 'VGG_DEPTHS', 'EFFICIENTNETS', 'ARCHS', 'ALONE', '
 
 # %% ../nbs/00_experiment.ipynb #b2f6664a
 import ast, errno, hashlib, json, os, re, tempfile, warnings
+from contextlib import suppress
 from collections.abc import Iterable
 from configparser import ConfigParser, Error as ConfigError
 from dataclasses import asdict, dataclass, fields
@@ -81,7 +82,7 @@ def parse_arch(name:str   # e.g. 'resnet56', 'wrn14-4', 'vgg16', 'resnet50'
            "wrn<6n+2 or 6n+4>-<width in sixteenths>, vgg11/13/16/19, efficientnet-b0 to b8, mlp<hidden layers>-<units>, lenet5")
 
 # %% ../nbs/00_experiment.ipynb #d4889a01
-ALONE  = "all", "all-affine", "all-beta", "none"
+ALONE  = "all", "all-affine", "all-frozen-bn", "all-beta", "none"
 TOKENS = "bn", "norm", "gamma", "shortcut", "output", "random", "scattered"
 
 def parse_policy(policy:str    # tokens joined by '+', e.g. 'bn+output', 'random2', 'all'
@@ -93,7 +94,7 @@ def parse_policy(policy:str    # tokens joined by '+', e.g. 'bn+output', 'random
     if not all(known):
         wrong = next(o for o,k in zip(str(policy).split("+"), known) if not k)
         choose("policy", wrong, [*ALONE, *TOKENS[:5], "random2", "scattered2"],
-               "all, all-affine, all-beta, none, or a sum of bn, norm, gamma, shortcut, output, random<k>, scattered<k>")
+               "all, all-affine, all-frozen-bn, all-beta, none, or a sum of bn, norm, gamma, shortcut, output, random<k>, scattered<k>")
     found = sorted({(m[1], int(m[2] or 0)) for m in tokens}, key=lambda o: (ALONE+TOKENS).index(o[0]))
     if len(found) > 1 and any(t in ALONE for t,_ in found):
         raise ValueError(f"policy {policy!r} joins {found[0][0]!r}, which stands alone, with another; "
@@ -171,7 +172,7 @@ def check_spec(spec:Spec):
     none = spec.norm in ("none", "fixup", "fixup-open")   # no gamma to draw
     same = "all-affine" in tokens or none or spec.bn_init == "positive" and tokens.keys() & {"gamma", "all-beta"}
     if same: object.__setattr__(spec, "bn_init", Spec.bn_init if "all-affine" in tokens or none and flat else "ones")
-    if not spec.weight_decay or {"all-affine", "none"} & tokens.keys(): object.__setattr__(spec, "decay", Spec.decay)   # nothing to exempt
+    if not spec.weight_decay or {"all-affine", "all-frozen-bn", "none"} & tokens.keys(): object.__setattr__(spec, "decay", Spec.decay)   # nothing to exempt
     for name,(low,high) in _RANGES.items():
         value = getattr(spec, name)
         if not low <= value <= high:
@@ -243,7 +244,7 @@ def _write(path, content):
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as f:
             temporary = Path(f.name)
             f.write(content); f.flush(); os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
+        with suppress(OSError): os.chmod(temporary, 0o644)   # there are file systems without permissions
         check(path.parent)
         os.replace(temporary, path)
     except BaseException as e:

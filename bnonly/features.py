@@ -22,8 +22,9 @@ from .experiment import Spec, load_record, records, run_dir, write
 # %% ../nbs/06_features.ipynb #fd9b68fb
 def restore(spec:Spec,               # of a run that has ended
             study:str="scratch",     # the folder under runs/ that keeps its record
-            device=None              # default: the CPU
-           ):                        # the network, in evaluation mode, computing as it did when it was trained
+            device=None,             # default: the CPU
+            dtype=None               # of its convolutions; default: as when it was trained
+           ):                        # the network, in evaluation mode
     "Rebuild a trained network from its seed and what moved. `FileNotFoundError` where there is no record."
     import safetensors.torch, torch
     from bnonly.policies import load_moved
@@ -32,7 +33,7 @@ def restore(spec:Spec,               # of a run that has ended
     record = load_record(folder, deep=True)
     if record is None: raise FileNotFoundError(f"{folder} holds no finished run; train it with fit({spec}, {study!r}).")
     model = load_moved(network(spec, record["shape"]), safetensors.torch.load_file(folder/"moved.safetensors"))
-    return prepare(model, torch.device(device or "cpu"), getattr(torch, record["dtype"])).eval()
+    return prepare(model, torch.device(device or "cpu"), dtype or getattr(torch, record["dtype"])).eval()
 
 # %% ../nbs/06_features.ipynb #406aabe2
 SILENT = .99   # a ReLU that is zero more often than this counts as disabled
@@ -103,12 +104,13 @@ def kept(folder:Path) -> dict:   # name to array; nothing where there are none o
 def extract(spec:Spec, study:str="scratch",
             data=None            # as `load_data` gives it
            ) -> dict:            # name to array
-    "What there is to take out of a trained network."
+    "What there is to take out of a trained network, computed in float32."
+    import torch
     from bnonly.data import loaders
     from bnonly.norms import ZeroCounter, affine_table
     from bnonly.train import default_device
     device = default_device() if data else "cpu"
-    model = restore(spec, study, device)
+    model = restore(spec, study, device, torch.float32)   # rounding moves more images than small gammas do
     found = affine_table(model)
     if not data: return found
     if not len(found["gamma"]): return found | {n: found["gamma"] for n in SEEN}   # no BatchNorm, nothing to see

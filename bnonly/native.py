@@ -39,7 +39,7 @@ def build(compiler:str, flags:tuple=()) -> Path:
     "The compiled library, built where it is not in the cache yet; `RuntimeError` with the compiler's first error."
     files = sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cpp")])
     flags = [*FLAGS, f"-march={march()}", *flags]
-    sources = "\n".join(f.read_text() for f in files)
+    sources = "\n".join(f.read_text("utf-8") for f in files)
     key = "\n".join([sources, processor(), torch.__version__, compiler, *flags])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"bnonly"
     library = folder/f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"

@@ -60,6 +60,7 @@ def positions(m) -> torch.Tensor:   # int64 [output channels, entries of each]
 
 # %% ../nbs/03_policies.ipynb #590e588e
 POLICIES = {"all": "all parameters", "all-affine": "all but gamma and beta, which rest at 1 and 0",
+            "all-frozen-bn": "all but gamma and beta, which stay as they were drawn",
             "bn": "gamma and beta", "norm": "gamma and beta of any kind of normalization",
             "bn+output": "gamma, beta and the output layer", "output": "the output layer",
             "random2": "two random entries a channel of each convolution",
@@ -71,7 +72,7 @@ def moving_roles(policy:str) -> set:   # of ROLES
     "The roles whose every number a policy trains."
     tokens = dict(parse_policy(policy))
     if "all" in tokens or "all-beta" in tokens: return set(ROLES)
-    if "all-affine" in tokens: return set(ROLES) - {"bn", "norm"}
+    if {"all-affine", "all-frozen-bn"} & tokens.keys(): return set(ROLES) - {"bn", "norm"}
     return set(ROLES) & {*tokens, *(["bn"] if "norm" in tokens else [])}
 
 # %% ../nbs/03_policies.ipynb #a4cd1c74

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 # %% ../nbs/13_portable.ipynb #21c428b7
+from . import __version__
 from .experiment import BN_INITS, INITS, Spec, choose, parse_arch, parse_policy, write
 from .features import restore
 from .models import build, create_model, roles
@@ -67,7 +68,7 @@ def serialize(told:dict, vectors:dict) -> bytes:
 def describe(model) -> dict:   # name to string
     "What a file says of a network: how to make it, what moved, and how it computes."
     made = {k: str(model.made[k]) for k in _MADE}
-    tools = {p: version(p) for p in ("bnonly", "torch", "numpy")}
+    tools = dict(bnonly=__version__, **{p: version(p) for p in ("torch", "numpy")})
     return dict(made, format=FORMAT, policy="+".join(f"{t}{k or ''}" for t,k in parse_policy(model.frozen["policy"])),
                 entries=str(model.frozen["seed"]), compute=getattr(model, "prepared", "plain"), versions=json.dumps(tools))
 

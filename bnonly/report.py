@@ -12,7 +12,7 @@ __all__ = ['MAIN', 'STYLE', 'SORTING', 'CAPTIONS', 'THE_PAPERS', 'BESIDES', 'TAB
            'main']
 
 # %% ../nbs/15_report.ipynb #ae39b163
-import hashlib, html, json, os, re, shutil, sys, warnings
+import hashlib, html, io, json, os, re, shutil, sys, warnings
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def drawing(study:str) -> list[str]:   # names of notebooks, in reading order
     "The notebooks that draw a study: those whose own study it is, by the first word of its name; else those of the main study."
     told = {}
     for f in sorted((root()/"nbs").glob("*.ipynb")):
-        for c in json.loads(f.read_text())["cells"]:
+        for c in json.loads(f.read_bytes())["cells"]:
             found = re.search(r'^study.*?= *"([\w-]+)"', "".join(c["source"]), re.M) if "parameters" in c["metadata"].get("tags", []) else None
             if found and found[1] != "scratch": told[f.stem] = found[1]
     first = lambda name: name.partition("-")[0]
@@ -346,7 +346,7 @@ def site(study:str):
 # %% ../nbs/15_report.ipynb #22b5ea8f
 def settings(study:str) -> str:
     "The section of settings.ini that made the study."
-    text = (root()/"settings.ini").read_text()
+    text = (root()/"settings.ini").read_text("utf-8")
     header = re.search(rf"(?m)^\[{re.escape(choose('study', study, presets()))}\].*$", text)   # a comment may follow
     lines = text[header.end()+1:].splitlines()
     end = next((i for i,l in enumerate(lines) if l.startswith("[")), len(lines))
@@ -381,7 +381,7 @@ def report(study:str,      # a section of settings.ini
     folder, digest = runs_dir()/study/"report", inputs(study)
     index, stamp = folder/"index.html", folder/"inputs.sha256"
     whole = all((folder/f).exists() for f in ("figures", stamp.name, *(f"{n}.html" for n in pages(study))))
-    if whole and stamp.read_text() == digest: return index
+    if whole and stamp.read_text("utf-8") == digest: return index
     figures(study, say)
     site(study)
     write(stamp, digest)
@@ -544,6 +544,8 @@ def valid(args:dict):   # as the parser gives them
 def main(argv:list|None=None):
     "The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore | bench | campaign."
     if argv is None: argv = sys.argv[1:]; stop_on_signals()
+    for stream in (sys.stdout, sys.stderr):   # a locale may lack the ± of a table
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace")
     try:
         check(argv, p := parser())
         valid(args := vars(p.parse_args(argv)))

@@ -38,7 +38,7 @@ def state(spec:Spec, study:str) -> str:   # complete, diverged, failed, broken o
 
 def failure(spec:Spec, study:str, what:str="traceback") -> str|None:   # what: or its one line, 'error'
     "The traceback of a run that failed."
-    try: return json.loads((run_dir(spec, study)/"failed.json").read_text())[what]
+    try: return json.loads((run_dir(spec, study)/"failed.json").read_bytes())[what]
     except FileNotFoundError: return None
     except (OSError, ValueError, KeyError) as e: return f"failed.json cannot be read: {e}"
 
@@ -161,7 +161,7 @@ def keep(executed:dict, folder:Path):
 def kept(folder:Path) -> bool:
     "Whether a run's notebook is there, as it was written, and belongs to its record."
     try:
-        executed = json.loads((folder/"train.ipynb").read_text())
+        executed = json.loads((folder/"train.ipynb").read_bytes())
         told = executed["metadata"].pop("bnonly")
         return told == dict(record=load_record(folder)["seal"], digest=_digest(executed))
     except (OSError, ValueError, KeyError, TypeError): return False
@@ -323,7 +323,7 @@ class Watch:
 
 def epochs_done(spec:Spec, study:str) -> int:
     "How many epochs a run has written down."
-    try: return max(0, (run_dir(spec, study)/"metrics.csv").read_text().count("\n") - 1)
+    try: return max(0, (run_dir(spec, study)/"metrics.csv").read_bytes().count(b"\n") - 1)
     except OSError: return 0
 
 # %% ../nbs/05_sweep.ipynb #67a5d9dd
@@ -367,7 +367,7 @@ def alike(policy:str) -> str:   # all, random2, bn or output
 
 def steps() -> pd.DataFrame:   # arch, policy, milliseconds_per_image, processor, and what the name of the network says
     "The measured steps."
-    told = json.loads((root()/"runs/bench/cpu,avx512_fp16,steps.json").read_text())
+    told = json.loads((root()/"runs/bench/cpu,avx512_fp16,steps.json").read_bytes())
     table = pd.DataFrame(told["rows"]).assign(processor=told["machine"]["processor"])
     return table.assign(**pd.DataFrame([parse_arch(a)._asdict() for a in table.arch]))
 

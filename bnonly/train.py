@@ -75,6 +75,7 @@ with warnings.catch_warnings():
     from fastai.torch_core import num_distrib, rank_distrib, to_detach
 
 # %% ../nbs/04_train.ipynb #c8854300
+from . import __version__
 from .data import Images, load_data, loaders, named, own_part
 from .experiment import SCHEDULES, Spec, choose, load_record, parameters, parse_arch, parse_policy, root, run_dir, seal, write
 from .graph import Graph
@@ -510,7 +511,7 @@ def machine(device:torch.device) -> dict:
     cuda = device.type == "cuda"
     found = dict(device=torch.cuda.get_device_name(device) if cuda else device.type, processor=(names or [platform.processor()])[0],
                 cores=os.cpu_count(), processes=max(1, num_distrib()), threads=torch.get_num_threads(), system=platform.system(), python=platform.python_version(),
-                **{p: version(p) for p in ("bnonly", "torch", "fastai", "numpy")})
+                bnonly=__version__, **{p: version(p) for p in ("torch", "fastai", "numpy")})
     return found | dict(instructions=torch.backends.cpu.get_cpu_capability(), kernels=kernels()[torch.float32].instructions if kernels() else "plain", commit=commit())
 
 def commit() -> str|None:
