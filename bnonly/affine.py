@@ -6,7 +6,8 @@
 __all__ = ['PAIR', 'FAMILIES', 'PAPER_GAMMA', 'FAVOURITES', 'RESNETS', 'SHADES', 'PAPER_SMALL', 'DISTRIBUTIONS', 'DECAYS',
            'title', 'members', 'lacks', 'case', 'bins', 'heading', 'histogram', 'moments', 'fig04', 'small_gammas',
            'bar_panel', 'bar_figure', 'by_threshold', 'fig05', 'fig06', 'clip', 'grid', 'distributions', 'steps',
-           'decayed', 'matched', 'several_decays', 'decay_table', 'fig_decay', 'decay_bars', 'curve']
+           'decayed', 'matched', 'several_decays', 'decay_table', 'fig_decay', 'decay_bars', 'curve', 'within_reach',
+           'fates', 'fig_fates']
 
 # %% ../nbs/08_affine.ipynb #bd5d9be2
 from pathlib import Path
@@ -18,7 +19,7 @@ import pandas as pd
 # %% ../nbs/08_affine.ipynb #a2d16779
 from .accuracy import ALL, BN, SERIES, SPREAD, WIDTH, corner, empty, family, footnote, gaps, images, legend, panels, papers_recipe, plain, save
 from .experiment import Spec, parse_arch, preset, summary
-from .features import SILENT, THRESHOLDS, channels, clamped
+from .features import SILENT, THRESHOLDS, channels, clamped, gammas_drawn, settling
 from .sweep import TRAINING
 
 # %% ../nbs/08_affine.ipynb #cc20bab2
@@ -322,3 +323,47 @@ def curve(ax, own, color):
     ax.errorbar(line.index, line["mean"], line["std"], fmt=".-", capsize=2, color=color)
     small = own[own.threshold == .01][["share", "change"]]
     ax.plot(*small.mean(), "o", ms=9, mfc="none", color=color)
+
+# %% ../nbs/08_affine.ipynb #f47e0003
+def within_reach(table:pd.DataFrame) -> pd.Series:   # as `channels` gives it, with `drawn`
+    "Whether decay alone would bring a gamma below 0.01."
+    runs = table.groupby("folder").first()
+    left = {f: decayed(steps(r), r.weight_decay, r.lr, r.momentum) for f,r in runs.iterrows()}
+    return table.drawn.abs()*table.folder.map(left) < .01
+
+def fates(table:pd.DataFrame   # as `channels` gives it, with `drawn`
+         ) -> pd.DataFrame:    # one row a run; percentages, but for the correlation
+    "What became of the gammas of each run."
+    t = table.assign(small=table.gamma.abs() < .01, near=within_reach(table), inner=table.role == 0, silent=table.zero > SILENT)
+    def of(rows, what): return 100*rows[what].mean()
+    def row(g):
+        inner = g[g.inner]
+        return pd.Series({
+            "small": of(g, "small"), "small, began within reach": of(g[g.small], "near"),
+            "within reach, ends small": of(g[g.near], "small"), "beyond, ends small": of(g[~g.near], "small"),
+            "correlation": np.corrcoef(g.drawn, g.gamma.abs())[0, 1],
+            "inner and silent": of(inner, "silent"), "inner and small: silent": of(inner[inner.small], "silent"),
+            "inner and silent: small": of(inner[inner.silent], "small"),
+            "silent and small: beta < 0": 100*(inner[inner.silent & inner.small].beta < 0).mean()})
+    return t.groupby(["arch", "weight_decay", "decay", "seed"]).apply(row)
+
+# %% ../nbs/08_affine.ipynb #f47e0006
+def fig_fates(table:pd.DataFrame,   # as `channels` gives it, with `drawn`
+              times:pd.DataFrame    # as `settling` gives it
+             ) -> plt.Figure:
+    "Where the gammas of inner ReLUs began and ended, and when those that end small fell silent and became small."
+    inner = table[(table.role == 0) & table.zero.notna()]
+    if not len(inner): return empty("Gamma at the end by gamma at the start", "no run is analysed")
+    fig, (ax, when) = plt.subplots(1, 2, figsize=(WIDTH, 2.8))
+    for is_silent, color, label in ((False, "tab:blue", "ReLU is active"), (True, "tab:red", "ReLU is silent")):
+        g = inner[(inner.zero > SILENT) == is_silent]
+        ax.plot(g.drawn, g.gamma.abs().clip(lower=1e-6), ".", ms=3, alpha=.6, color=color, label=f"{label} ({len(g)} channels)")
+    ax.axhline(.01, color="gray", lw=1, ls="--", label="0.01")
+    ax.set(xlabel="γ at the start", ylabel="|γ| at the end (1e-6 and less at the bottom)", yscale="log")
+    both = times[(times.role == 0) & times.silent.notna() & times.small.notna()]
+    when.plot([0, 1], [0, 1], color="gray", lw=1, ls="--", label="at once")
+    if len(both): when.plot(both.silent, both.small, ".", ms=4, alpha=.4, color="tab:red", label=f"small and silent at the end ({len(both)} channels)")
+    else: when.text(.5, .5, "no run with a trajectory is complete", ha="center", va="center", fontsize=7, color="dimgray")
+    when.set(xlabel="Silent from (share of the run)", ylabel="|γ| < 0.01 from (share of the run)")
+    legend(fig, 2)
+    return footnote(fig, f"{title(inner.arch.iloc[0])} on {' and '.join(inner.images.unique())}, {inner.epochs.max()} epochs, {inner.seed.nunique()} seeds")

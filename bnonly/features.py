@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SILENT', 'THRESHOLDS', 'SHARES', 'OWN', 'SEEN', 'restore', 'correct', 'clamp', 'clamping', 'load_once', 'kept',
-           'extract', 'analyse', 'analyse_study', 'channels', 'clamped']
+           'extract', 'analyse', 'analyse_study', 'channels', 'clamped', 'gammas_drawn', 'settled', 'settling']
 
 # %% ../nbs/06_features.ipynb #b894bd02
 import hashlib, warnings
@@ -175,3 +175,37 @@ def clamped(study:str|None=None,   # a study's name; None for all of them
                                         accuracy=accuracy, change=accuracy-accuracy[0])).assign(**spec))
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     return table.reindex(columns=["threshold", "share", "accuracy", "change", *_SPEC])
+
+# %% ../nbs/06_features.ipynb #5e1f0a02
+def gammas_drawn(table:pd.DataFrame   # as `channels` gives it
+                ) -> pd.Series:       # float32, with the index of the table
+    "The gamma that each channel began with."
+    from bnonly.norms import affine_table
+    from bnonly.train import network
+    found = []
+    for folder, rows in table.groupby("folder"):
+        model = network(Spec(**rows[[*Spec.__dataclass_fields__]].iloc[0]), load_record(folder)["shape"])
+        found.append(pd.Series(affine_table(model)["gamma"], rows.index))
+    return pd.concat(found).reindex(table.index) if found else pd.Series(dtype=np.float32)
+
+# %% ../nbs/06_features.ipynb #5e1f0a05
+def settled(flags:np.ndarray,   # bool [looks, channels]
+            epochs:np.ndarray   # [looks], of the whole run between 0 and 1
+           ) -> np.ndarray:     # [channels], NaN where it does not hold at the end
+    "From when on a flag holds until the end."
+    last = len(flags) - np.argmin(flags[::-1], 0)            # the look after the last one at which it does not hold
+    last = np.where(flags.all(0), 0, last)
+    return np.where(flags[-1], np.asarray(epochs, float)[np.minimum(last, len(flags) - 1)], np.nan)
+
+def settling(study:str|None=None, small:float=.01, **only) -> pd.DataFrame:
+    "silent and small: when each channel with a ReLU settled, as a share of its run; role and the spec of its run beside them."
+    tables = []
+    for have, spec in _complete(study, only):
+        path = Path(spec["folder"])/"trajectory.safetensors"
+        if not path.exists(): continue
+        with safe_open(path, "np") as f: seen = {n: f.get_tensor(n) for n in f.keys()}
+        at = seen["epoch"]/seen["epoch"][-1]
+        table = pd.DataFrame(dict(role=have["role"], silent=settled(seen["zero"] > SILENT, at), small=settled(np.abs(seen["gamma"]) < small, at)))
+        tables.append(table[~np.isnan(seen["zero"][-1])].assign(**spec))
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return table.reindex(columns=["role", "silent", "small", *_SPEC])
