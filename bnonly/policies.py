@@ -206,6 +206,7 @@ def without_beta(model, fixed=()):
         if p.requires_grad: _freeze_one(model, n, p)
         p.zero_()
 
+# %% ../nbs/03_policies.ipynb #5c1de0f5
 def _present(model, tokens, found):   # found: roles of the model
     "Refuse a policy for a model from elsewhere that has nothing of what it names."
     for t in {"bn", "norm", "shortcut", "output"} & set(tokens):
