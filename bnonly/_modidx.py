@@ -264,6 +264,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bnonly.explore.choices': ('explore.html#choices', 'bnonly/explore.py'),
                                 'bnonly.explore.clamping': ('explore.html#clamping', 'bnonly/explore.py'),
                                 'bnonly.explore.distributions': ('explore.html#distributions', 'bnonly/explore.py'),
+                                'bnonly.explore.end': ('explore.html#end', 'bnonly/explore.py'),
                                 'bnonly.explore.explorable': ('explore.html#explorable', 'bnonly/explore.py'),
                                 'bnonly.explore.free': ('explore.html#free', 'bnonly/explore.py'),
                                 'bnonly.explore.learning': ('explore.html#learning', 'bnonly/explore.py'),

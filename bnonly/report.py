@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .captions import TABLES, described, pictures, stand_ins
 from .checked import read_bytes
+from .cli import main   # noqa: F401  (where it was before)
 from .experiment import Spec, choose, parse_arch, preset, presets, records, results, root, runs_dir, write
 from .findings import RULE, RULE_OF_COMPARISONS, accuracies, claims_table, comparisons, headline, one_sentence
 from .pages import as_table, notebook_cells, render
