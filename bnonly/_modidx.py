@@ -47,6 +47,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'bnonly.accuracy.small_resnets': ('accuracy.html#small_resnets', 'bnonly/accuracy.py'),
                                  'bnonly.accuracy.small_runs': ('accuracy.html#small_runs', 'bnonly/accuracy.py'),
                                  'bnonly.accuracy.specifications': ('accuracy.html#specifications', 'bnonly/accuracy.py'),
+                                 'bnonly.accuracy.styled': ('accuracy.html#styled', 'bnonly/accuracy.py'),
                                  'bnonly.accuracy.table1': ('accuracy.html#table1', 'bnonly/accuracy.py'),
                                  'bnonly.accuracy.tableC1': ('accuracy.html#tablec1', 'bnonly/accuracy.py'),
                                  'bnonly.accuracy.told': ('accuracy.html#told', 'bnonly/accuracy.py'),

@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['STYLE', 'SCENE', 'DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL', 'BN', 'FIGURE2', 'CIFAR', 'FOUR',
            'DISABLED', 'NARROW', 'LAYOUTS', 'PAPER', 'STARS', 'SPREAD', 'STAR', 'WIDTH', 'CLASSES', 'GROWING',
-           'ONLY_BN', 'WIDTHS', 'SEEDS', 'family', 'panels', 'papers_recipe', 'plain', 'left_out', 'convolutions',
-           'sizes', 'specifications', 'table1', 'tableC1', 'drawn', 'save', 'rounded', 'draw_table', 'plain_table',
-           'save_table', 'Line', 'Layout', 'points', 'gaps', 'papers', 'told', 'accuracy_panel', 'seeds', 'corner',
-           'footnote', 'legend', 'empty', 'images', 'accuracy_figure', 'doubling', 'budgets', 'growth', 'fig03',
-           'small_resnets', 'small_runs', 'fig10', 'welch', 'interval', 'verdict', 'ordering', 'shown']
+           'ONLY_BN', 'WIDTHS', 'SEEDS', 'styled', 'family', 'panels', 'papers_recipe', 'plain', 'left_out',
+           'convolutions', 'sizes', 'specifications', 'table1', 'tableC1', 'drawn', 'save', 'rounded', 'draw_table',
+           'plain_table', 'save_table', 'Line', 'Layout', 'points', 'gaps', 'papers', 'told', 'accuracy_panel', 'seeds',
+           'corner', 'footnote', 'legend', 'empty', 'images', 'accuracy_figure', 'doubling', 'budgets', 'growth',
+           'fig03', 'small_resnets', 'small_runs', 'fig10', 'welch', 'interval', 'verdict', 'ordering', 'shown']
 
 # %% ../nbs/07_accuracy.ipynb #df5f7ece
 import textwrap
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.resources import files
 from typing import NamedTuple
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -29,9 +31,18 @@ from scipy.stats import linregress
 # %% ../nbs/07_accuracy.ipynb #0707d04e
 from .experiment import IMAGENET_DEPTHS, VGG_DEPTHS, Spec, incomplete, parse_arch, preset, results, runs_dir, summary, write
 
-# %% ../nbs/07_accuracy.ipynb #8f3a7030
-STYLE = files("bnonly")/"bnonly.mplstyle"   # of every figure, while it is drawn
+# %% ../nbs/07_accuracy.ipynb #82a3128b
+STYLE = files("bnonly")/"bnonly.mplstyle"
 
+@contextmanager
+def styled():
+    "How every figure of the study looks, while it is drawn. As a decorator: `@styled()`."
+    with plt.style.context(STYLE):
+        yield
+        shown = plt.isinteractive()   # a notebook's backend is loaded with the first figure, and turns this on
+    matplotlib.interactive(shown)
+
+# %% ../nbs/07_accuracy.ipynb #8f3a7030
 def family(arch:str          # e.g. 'resnet56'
           ) -> list[tuple]:  # of (panel, position on its axis, tick label)
     "The panels a network belongs to, and where it stands there."
@@ -199,7 +210,7 @@ def drawn(fig:plt.Figure) -> pd.DataFrame:   # panel, kind, label, color, x, tic
     return pd.DataFrame(rows, columns=["panel", "kind", "label", "color", "x", "tick", "y", "error"]).dropna(subset=["x", "y"])
 
 # %% ../nbs/07_accuracy.ipynb #913436c5
-@plt.style.context(STYLE)
+@styled()
 def save(fig:plt.Figure,   # to keep
          name:str,         # e.g. 'fig02'
          study:str         # whose figures folder it goes to
@@ -220,7 +231,7 @@ def rounded(value) -> str:
     return f"{value/unit*(1 + 1e-9):#.3g}".rstrip(".") + letter   # halves are rounded up, as by hand
 
 # %% ../nbs/07_accuracy.ipynb #ec38bff7
-@plt.style.context(STYLE)
+@styled()
 def draw_table(table:pd.DataFrame   # as `specifications` gives it
               ) -> plt.Figure:
     "A table of networks as the paper lays it out."
@@ -238,7 +249,7 @@ def draw_table(table:pd.DataFrame   # as `specifications` gives it
     return fig
 
 # %% ../nbs/07_accuracy.ipynb #48986825
-@plt.style.context(STYLE)
+@styled()
 def plain_table(table:pd.DataFrame   # of numbers and short words
                ) -> plt.Figure:
     "Any other table, one line a row."
@@ -429,7 +440,7 @@ def legend(fig:plt.Figure, columns:int=3):
     fig.set_figheight(fig.get_figheight() + .17*-(-len(found)//columns))
     fig.legend(found.values(), found, loc="outside upper center", ncols=columns)
 
-@plt.style.context(STYLE)
+@styled()
 def empty(what:str, *told:str) -> plt.Figure:
     "A figure that says in words why nothing can be drawn."
     text = textwrap.wrap(f"{what}: {'; '.join(told) or 'no run is complete'}", 110)
@@ -455,7 +466,7 @@ def images(table, stats) -> str:
     "What the images of some points are called."
     return " and ".join(sorted(set(plain(table, free=("bn_init",)).query("arch in @stats.arch").images)))
 
-@plt.style.context(STYLE)
+@styled()
 def accuracy_figure(name:str,             # e.g. 'fig02'
                     table:pd.DataFrame,   # as `results` gives it
                     plan:list=()          # the runs of the study, to say what is missing
@@ -518,7 +529,7 @@ def _budget_lines(ax, table, fits):
 # %% ../nbs/07_accuracy.ipynb #0371bf4b
 ONLY_BN = Layout("Accuracy against the number of BatchNorm parameters", (BN,), CIFAR, {})
 
-@plt.style.context(STYLE)
+@styled()
 def fig03(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     "Accuracy against the number of BatchNorm parameters, with its slope per doubling (the paper's Figure 3)."
     missing, stats = gaps(plan, table, ONLY_BN.lines, GROWING), budgets(table)
@@ -556,7 +567,7 @@ def small_runs(table:pd.DataFrame   # as `results` gives it
     return summary(own).assign(bn=lambda s: s.arch.map(total), width=lambda s: s.arch.map(lambda a: parse_arch(a).width))
 
 # %% ../nbs/07_accuracy.ipynb #d658245d
-@plt.style.context(STYLE)
+@styled()
 def fig10(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     "Training only BatchNorm beside small networks that train in full (the paper's Figure 10)."
     stats, small, missing = budgets(table), small_runs(table), gaps(plan, table, ONLY_BN.lines, GROWING)

@@ -16,12 +16,11 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # %% ../nbs/14_explore.ipynb #807d40fe
-from .accuracy import SERIES, STYLE
+from .accuracy import SERIES, styled
 from .affine import bins
 from .checked import read_metrics
 from .experiment import Spec, parse_arch, presets, records, runs_dir
@@ -100,7 +99,7 @@ def png(fig:Figure) -> bytes:
     return out.getvalue()
 
 # %% ../nbs/14_explore.ipynb #ebae11ff
-@style.context(STYLE)
+@styled()
 def distributions(found:dict, threshold:float, color:str) -> bytes:   # PNG
     "The histograms of gamma and beta; what is below the threshold is shaded."
     fig, axes = canvas(2)
@@ -111,7 +110,7 @@ def distributions(found:dict, threshold:float, color:str) -> bytes:   # PNG
     return png(fig)
 
 # %% ../nbs/14_explore.ipynb #bca42b89
-@style.context(STYLE)
+@styled()
 def clamping(found:dict, threshold:float, color:str) -> bytes:   # PNG
     "Accuracy against the share of gammas set to 0, as measured, and where the threshold stands."
     fig, (ax,) = canvas()
@@ -126,7 +125,7 @@ def clamping(found:dict, threshold:float, color:str) -> bytes:   # PNG
     return png(fig)
 
 # %% ../nbs/14_explore.ipynb #71146dcf
-@style.context(STYLE)
+@styled()
 def silence(found:dict) -> bytes:   # PNG
     "Pr[activation = 0] of every ReLU: a row for each layer, its channels sorted."
     fig, (ax,) = canvas()
@@ -139,7 +138,7 @@ def silence(found:dict) -> bytes:   # PNG
     ax.grid(False)
     return png(fig)
 
-@style.context(STYLE)
+@styled()
 def learning(folders:dict) -> bytes:   # label to folder; PNG
     "Test accuracy by epoch."
     fig, (ax,) = canvas()

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/11_regularization.ipynb #505968eb
-from .accuracy import STYLE, empty, footnote, save, save_table, seeds, shown
+from .accuracy import empty, footnote, save, save_table, seeds, shown, styled
 from .experiment import Spec, history, load_record, parse_arch, preset, results, run_dir, write
 
 # %% ../nbs/11_regularization.ipynb #6dd8b915
@@ -47,7 +47,7 @@ def at_start(norm:str,             # batch, none, fixup, single, ...
 # %% ../nbs/11_regularization.ipynb #6016edfa
 STARTS = {"none": ("no BatchNorm", "tab:red"), "fixup": ("Fixup", "tab:blue"), "batch": ("BatchNorm", "black")}
 
-@plt.style.context(STYLE)
+@styled()
 def fig_start(starts:dict   # norm to a table by number of blocks, with embedding and change
              ) -> plt.Figure:
     "The embedding at the start, and how far the first step moves the output, by depth."
@@ -184,7 +184,7 @@ def table3(table:pd.DataFrame   # as `results` gives it
 NORMS = {"accuracy": "Test Accuracy (%)", "embedding_norm": "Feature Embedding Norm", "output_norm": "Output Norm"}
 COLORS = dict(BASES.values())
 
-@plt.style.context(STYLE)
+@styled()
 def fig2(epochs:pd.DataFrame,   # as `history` gives it, with the images' name
          plan:list=()           # the runs of the study, to say what is missing
         ) -> plt.Figure:
@@ -222,7 +222,7 @@ def lacking(plan:list, table:pd.DataFrame) -> list:   # of one sentence, or none
     return [f"{len(absent)} of {len(plan)} planned runs are not measured; {what}"] if absent else []
 
 # %% ../nbs/11_regularization.ipynb #fd6455db
-@plt.style.context(STYLE)
+@styled()
 def fig3(table:pd.DataFrame,   # as `results` gives it
          plan:list=()          # the runs of the study, to say what is missing
         ) -> plt.Figure:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from bnonly.cli import COMMANDS, main, options, parse
 from bnonly.experiment import preset, results, run_dir, runs_dir, summary
-from bnonly.findings import accuracies, comparisons
+from bnonly.findings import HEADLINES, MAIN_CLAIMS, accuracies, comparisons
 from bnonly.report import inputs, overview, pages, report, runs_page, settings, unmeasured
 from bnonly.runlock import ended, holder
 from bnonly.sweep import state
@@ -63,6 +63,7 @@ def test_a_study_ends_in_a_site_that_opens_offline(here):
     for figure in figures.glob("fig*.png"):
         assert f'src="figures/{figure.name}"' in (index.parent / "figures.html").read_text()
         assert len(pd.read_csv(figure.with_suffix(".csv")).columns) == 8
+    assert (index.parent / "07_accuracy.html").read_text().count("data:image/png") >= 12   # all are shown there too
     means = summary(pd.read_csv(index.parent / "runs.csv"))
     drawn = pd.read_csv(figures / "fig02.csv", dtype=dict(tick=str)).query("label == 'BatchNorm' and tick == '14'")
     assert drawn.y.iloc[0] == pytest.approx(means.query("arch == 'resnet14' and policy == 'bn'")["mean"].iloc[0])
@@ -216,6 +217,13 @@ def test_the_comparisons_are_the_plans_whatever_is_trained():
         assert comparisons(plan, some)["the paper finds"].tolist() == whole["the paper finds"].tolist()
     assert set(comparisons(plan, table[:0])["here"]) == {"not measured"} and "holds" in set(whole["here"])
     assert comparisons([], table).empty
+
+
+def test_the_claims_of_the_first_page_exist():
+    from bnonly.claims import PAPERS
+    known = {c.id for claims in PAPERS.values() for c in claims}
+    for ids in (MAIN_CLAIMS, *HEADLINES.values()):
+        assert len(set(ids)) == 5 and set(ids) <= known
 
 
 def test_only_training_and_timing_go_without_a_checkout(tmp_path, monkeypatch):
