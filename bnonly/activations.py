@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/09_activations.ipynb #e4070228
-from .accuracy import SERIES, SPREAD, empty, footnote, plain, save
+from .accuracy import SERIES, SPREAD, empty, footnote, plain, save, styled
 from .affine import FAMILIES, PAIR, RESNETS, bar_figure, grid, heading, lacks, members
 from .experiment import Spec, preset, summary
 from .features import SILENT, channels
@@ -32,6 +32,7 @@ def silent(features:pd.DataFrame   # as `channels` gives it
 # %% ../nbs/09_activations.ipynb #93a25855
 BANDS = {("cifar10", "bn"): (28, 39), ("cifar10", "all"): (0, 10), ("imagenet", "bn"): (28, 39), ("imagenet", "all"): (0, 2)}
 
+@styled()
 def fig07(features:pd.DataFrame,   # as `channels` gives it
           plan:list=()             # the runs of the study, to say what is missing
          ) -> plt.Figure:
@@ -58,6 +59,7 @@ def frequency(ax, own, panel):
     ax.set(xlabel="Pr[activation = 0]", ylabel="Density", xlim=(0, 1))
     ax.set_title(heading(own, panel), fontsize=8)
 
+@styled()
 def frequencies(features:pd.DataFrame,   # as `channels` gives it
                 name:str,                # 'fig23' to 'fig25'
                 plan:list=()             # the runs of the study, to say what is missing

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/08_affine.ipynb #a2d16779
-from .accuracy import ALL, BN, SERIES, SPREAD, WIDTH, corner, empty, family, footnote, gaps, images, legend, panels, papers_recipe, plain, save
+from .accuracy import ALL, BN, SERIES, SPREAD, WIDTH, corner, empty, family, footnote, gaps, images, legend, panels, papers_recipe, plain, save, styled
 from .experiment import Spec, parse_arch, preset, summary
 from .features import SILENT, THRESHOLDS, channels, clamped, gammas_drawn, settling
 from .sweep import TRAINING
@@ -90,6 +90,7 @@ def moments(ax, own):
 # %% ../nbs/08_affine.ipynb #35093a2f
 FAVOURITES = {"ResNet": "resnet110", "ImageNet ResNet": "resnet101"}   # of the paper
 
+@styled()
 def fig04(features:pd.DataFrame,   # as `channels` gives it
           plan:list=()             # the runs of the study, to say what is missing
          ) -> plt.Figure:
@@ -165,6 +166,7 @@ def by_threshold(table, value, label, paper={}):
     return pd.concat(parts), {label(p, t): shade for (p,t),shade in SHADES.items()}
 
 # %% ../nbs/08_affine.ipynb #aa1dc81c
+@styled()
 def fig05(features:pd.DataFrame,   # as `channels` gives it
           plan:list=()             # the runs of the study, to say what is missing
          ) -> plt.Figure:
@@ -177,6 +179,7 @@ def fig05(features:pd.DataFrame,   # as `channels` gives it
     return footnote(fig, SPREAD, *missing) if fig else empty("The share of small γ in ResNets", *missing)
 
 # %% ../nbs/08_affine.ipynb #887316c0
+@styled()
 def fig06(curves:pd.DataFrame,   # as `clamped` gives it
           plan:list=()           # the runs of the study, to say what is missing
          ) -> plt.Figure:
@@ -223,6 +226,7 @@ def grid(table, panel, draw) -> plt.Figure:   # draw: called with axis, rows and
     return fig
 
 # %% ../nbs/08_affine.ipynb #4da0e4e5
+@styled()
 def distributions(features:pd.DataFrame,   # as `channels` gives it
                   name:str,                # 'fig15' to 'fig22'
                   plan:list=()             # the runs of the study, to say what is missing
@@ -280,6 +284,7 @@ def decay_table(features:pd.DataFrame,   # as `channels` gives it
 # %% ../nbs/08_affine.ipynb #48f51544
 DECAYS = "#f4a582", "tab:red", "#67001f", "black"   # BatchNorm's red, darker with more decay
 
+@styled()
 def fig_decay(features:pd.DataFrame,   # as `channels` gives it
               curves:pd.DataFrame,     # as `clamped` gives it
               plan:list=()             # the runs of the study, to say what is missing

@@ -22,6 +22,7 @@ from typing import NamedTuple
 # %% ../nbs/00_experiment.ipynb #910b6f8e
 import pandas as pd
 
+from .checked import lacking, odd_record, read_json, read_metrics
 from .runlock import again, check, unwritable
 
 # %% ../nbs/00_experiment.ipynb #a9d7d278
@@ -93,6 +94,7 @@ def parse_policy(policy:str    # tokens joined by '+', e.g. 'bn+output', 'random
              for m in tokens]
     if not all(known):
         wrong = next(o for o,k in zip(str(policy).split("+"), known) if not k)
+        if nearest(wrong, [*TOKENS, "batchnorm"]) == "batchnorm": raise ValueError(f"policy {wrong!r} does not exist; the nearest is 'bn'.")
         choose("policy", wrong, [*ALONE, *TOKENS[:5], "random2", "scattered2"],
                "all, all-affine, all-frozen-bn, all-beta, none, or a sum of bn, norm, gamma, shortcut, output, random<k>, scattered<k>")
     found = sorted({(m[1], int(m[2] or 0)) for m in tokens}, key=lambda o: (ALONE+TOKENS).index(o[0]))
@@ -277,12 +279,12 @@ def load_record(folder:Path,        # of the run
                ) -> dict|None:      # None where no run was finished
     "The record of a run, checked; `BrokenRecord` where it or a file it vouches for was changed."
     folder, path = Path(folder), Path(folder)/"record.json"
-    try: record = json.loads(again(path.read_bytes)) if path.is_file() or not path.exists() else {}
+    try: odd = odd_record(record := again(read_json, path))
     except (FileNotFoundError, NotADirectoryError): return None
-    except (ValueError, RecursionError): record = {}
-    if not isinstance(record, dict) or record.get("seal") != _own(record):
-        raise BrokenRecord(f"{path} is not as it was sealed (cut off or edited); delete the folder to train the run again.")
-    for name,digest in record["files"].items():
+    except ValueError as e: odd = str(e)
+    if odd or record.get("seal") != _own(record):
+        raise BrokenRecord(f"{path} is not as it was sealed (cut off or edited{': ' + odd if odd else ''}); delete the folder to train the run again.")
+    for name,digest in record.get("files", {}).items():
         file = folder/name
         if not name.endswith((".csv", ".json")) and not deep: continue
         if not file.is_file() or _digest(again(file.read_bytes)) != digest:
@@ -297,8 +299,10 @@ def records(study:str|None=None   # a study's name; None for all of them
     paths = (runs_dir()/study).glob("*/record.json") if study else runs_dir().glob("*/*/record.json")
     for path in sorted(paths):
         try: record = load_record(path.parent)
-        except BrokenRecord as e: warnings.warn(str(e)); continue
-        try: spec = asdict(Spec(**record["spec"]))
+        except (BrokenRecord, OSError) as e: warnings.warn(str(e)); continue
+        try:
+            if lacks := lacking(record): raise ValueError(f"it does not say its {lacks}.")
+            spec = asdict(Spec(**record["spec"]))
         except (TypeError, ValueError) as e: warnings.warn(f"{path} is left out: {e}"); continue
         found.append(dict(record, spec=spec, study=path.parent.parent.name, folder=str(path.parent)))
     return found
@@ -316,7 +320,10 @@ _COLUMNS = ["study", *(f.name for f in fields(Spec)), "status", "accuracy", "fol
 def history(study:str|None=None   # a study's name; None for all of them
            ) -> pd.DataFrame:     # one row an epoch of a run
     "The metrics of every epoch of every run, each row with the spec of its run."
-    tables = [pd.read_csv(Path(r["folder"])/"metrics.csv").assign(study=r["study"], **r["spec"]) for r in records(study)]
+    tables = []
+    for r in records(study):
+        try: tables.append(read_metrics(r["folder"]).assign(study=r["study"], **r["spec"]))
+        except ValueError as e: warnings.warn(str(e))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=_COLUMNS)
 
 # %% ../nbs/00_experiment.ipynb #efed1b23

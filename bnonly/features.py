@@ -93,7 +93,7 @@ def _digest(arrays):
 def kept(folder:Path) -> dict:   # name to array; nothing where there are none of this record
     "The features beside a record; a file that is not as it was written is named in a warning and not read."
     path = Path(folder)/"features.safetensors"
-    if not path.exists(): return {}
+    if not path.is_file(): return {}
     try:
         with safe_open(path, "np") as f: meta, found = f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}
         if meta["digest"] != _digest(found): raise ValueError

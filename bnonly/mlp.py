@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.collections import LineCollection
 
 # %% ../nbs/10_mlp.ipynb #2f4ad09e
-from .accuracy import empty, footnote, legend, save, seeds, shown
+from .accuracy import empty, footnote, legend, save, seeds, shown, styled
 from .experiment import Spec, incomplete, parse_arch, preset, results, summary
 
 # %% ../nbs/10_mlp.ipynb #89fb505b
@@ -99,6 +99,7 @@ def missing(plan:list, table:pd.DataFrame, archs:list, lines) -> str:
 SAID = {10: [("all-beta", 90, "Section 1")], 100: [("all-beta", 90, "Section 1")], 784: [("all-beta", 99, "Section 1, of others"), ("gamma", 95, "Section 4")]}
 CLOSE = 88   # above it the lines of all parameters lie upon each other
 
+@styled()
 def depth_figure(table:pd.DataFrame,   # as `results` gives it
                  width:int,            # units in a hidden layer
                  plan:list=(),         # the runs of the study, to say what is missing
@@ -132,6 +133,7 @@ def table_of(stats:pd.DataFrame,   # as `points` gives it
     return wide.reindex(columns=[l.label for l in lines]).droplevel(["width", "depth"]).rename_axis(columns=None).astype(object).fillna("")
 
 # %% ../nbs/10_mlp.ipynb #57ab50a4
+@styled()
 def width_figure(table:pd.DataFrame, plan:list=()) -> plt.Figure:
     "Accuracy of training only gamma against the width of the layers, a line for each depth."
     stats, depths = points(table, LINES[2:3]), (2, 4, 8, 14)

@@ -8,6 +8,7 @@ __all__ = ['STARTS', 'BASES', 'ADDED', 'GROUP', 'PAPER', 'TABLES', 'CASE', 'NORM
            'fig2', 'lacking', 'fig3', 'in_numbers']
 
 # %% ../nbs/11_regularization.ipynb #6db7eee2
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/11_regularization.ipynb #505968eb
-from .accuracy import empty, footnote, save, save_table, seeds, shown
+from .accuracy import empty, footnote, save, save_table, seeds, shown, styled
 from .experiment import Spec, history, load_record, parse_arch, preset, results, run_dir, write
 
 # %% ../nbs/11_regularization.ipynb #6dd8b915
@@ -46,6 +47,7 @@ def at_start(norm:str,             # batch, none, fixup, single, ...
 # %% ../nbs/11_regularization.ipynb #6016edfa
 STARTS = {"none": ("no BatchNorm", "tab:red"), "fixup": ("Fixup", "tab:blue"), "batch": ("BatchNorm", "black")}
 
+@styled()
 def fig_start(starts:dict   # norm to a table by number of blocks, with embedding and change
              ) -> plt.Figure:
     "The embedding at the start, and how far the first step moves the output, by depth."
@@ -148,9 +150,11 @@ def robust(table:pd.DataFrame   # as `results` gives it
     "Add the mean accuracy over CIFAR-10-C to the runs that have it."
     def mean(folder):
         file = Path(folder)/"robustness.csv"
-        if not file.exists(): return np.nan
-        kept = pd.read_csv(file, index_col="corruption")
-        return kept.drop(columns="seal").to_numpy().mean() if (kept.seal == load_record(folder)["seal"]).all() else np.nan
+        if not file.is_file(): return np.nan
+        try:
+            kept = pd.read_csv(file, index_col="corruption")
+            return kept.drop(columns="seal").to_numpy(float).mean() if (kept.seal == load_record(folder)["seal"]).all() else np.nan
+        except (ValueError, LookupError, AttributeError) as e: return warnings.warn(f"{file} is left out: {e}") or np.nan
     found = [mean(f) for f in table.folder]
     return table.assign(robustness=found) if np.isfinite(found).any() else table
 
@@ -180,6 +184,7 @@ def table3(table:pd.DataFrame   # as `results` gives it
 NORMS = {"accuracy": "Test Accuracy (%)", "embedding_norm": "Feature Embedding Norm", "output_norm": "Output Norm"}
 COLORS = dict(BASES.values())
 
+@styled()
 def fig2(epochs:pd.DataFrame,   # as `history` gives it, with the images' name
          plan:list=()           # the runs of the study, to say what is missing
         ) -> plt.Figure:
@@ -217,6 +222,7 @@ def lacking(plan:list, table:pd.DataFrame) -> list:   # of one sentence, or none
     return [f"{len(absent)} of {len(plan)} planned runs are not measured; {what}"] if absent else []
 
 # %% ../nbs/11_regularization.ipynb #fd6455db
+@styled()
 def fig3(table:pd.DataFrame,   # as `results` gives it
          plan:list=()          # the runs of the study, to say what is missing
         ) -> plt.Figure:

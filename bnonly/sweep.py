@@ -24,6 +24,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../nbs/05_sweep.ipynb #5fc7449b
+from .checked import read_json
 from .experiment import (BrokenRecord, Spec, choose, load_record, parse_arch, preset, results, root, run_dir, runs_dir,
                                write)
 from .runlock import LostLock, RunLock, locked, tidy
@@ -38,9 +39,11 @@ def state(spec:Spec, study:str) -> str:   # complete, diverged, failed, broken o
 
 def failure(spec:Spec, study:str, what:str="traceback") -> str|None:   # what: or its one line, 'error'
     "The traceback of a run that failed."
-    try: return json.loads((run_dir(spec, study)/"failed.json").read_bytes())[what]
+    try: told = read_json(run_dir(spec, study)/"failed.json")
     except FileNotFoundError: return None
-    except (OSError, ValueError, KeyError) as e: return f"failed.json cannot be read: {e}"
+    except (OSError, ValueError) as e: return f"failed.json cannot be read: {e}"
+    text = told.get(what) if isinstance(told, dict) else None
+    return text if isinstance(text, str) else f"failed.json does not say its {what}"
 
 # %% ../nbs/05_sweep.ipynb #27c28653
 def missing(study:str,                     # a section of settings.ini, or a folder

@@ -77,7 +77,7 @@ def test_a_figure_says_what_it_lacks():
     assert told == ["planned and not measured yet: all of resnet32; bn of resnet32 (1 of 2 seeds)",
                     "not in this study: bn+shortcut+output of resnet14, resnet32; shortcut+output of resnet14, resnet32",
                     "no network of the family: ImageNet ResNet"]      # ResNet-14 is the first of the wide ones
-    assert all(o in acc.accuracy_figure("fig12", table, plan).get_supxlabel().replace("\n", " ") for o in told)
+    assert all(o in acc.accuracy_figure("fig12", table, plan).get_label() for o in told)
     done = runs(*((s.arch, s.policy, s.seed, 50) for s in plan))
     assert acc.gaps(plan, done, (acc.ALL, acc.BN), ["ResNet"]) == []
     assert acc.gaps(plan, done.assign(status="diverged"), (acc.BN,), ["ResNet"]) == ["planned and not measured yet: bn of resnet14, resnet32"]

@@ -36,7 +36,7 @@ def test_records_survive_a_checkout_that_rewrites_line_ends(tmp_path):
 
 @pytest.mark.parametrize("command", ["study short --dry-run", "claims short"])
 def test_a_locale_without_utf8_reads_and_prints(command):
-    code = f"from bnonly.report import main; main({command.split()})"
+    code = f"from bnonly.cli import main; main({command.split()})"
     assert python(code, env=ASCII | dict(BNONLY_RUNS=str(ROOT / "runs")))
 
 

@@ -9,7 +9,7 @@ import torch
 from bnonly.bench import bench_kernels, bench_steps, candidates, processes, seconds_of, tick, work
 from bnonly.experiment import runs_dir
 from bnonly.kernels import kernels
-from bnonly.report import main
+from bnonly.cli import main
 
 
 def test_a_row_of_the_benchmark(capsys, monkeypatch):

@@ -1,6 +1,8 @@
 "The explorer answers from the records, and does so in a browser."
 import functools
+import io
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -39,6 +41,11 @@ def explorer(monkeypatch):
         f.cache_clear()
 
 
+def words(found):
+    "What is said of some numbers."
+    return " ".join(" ".join(o) for o in explore.sentences(found, 50))
+
+
 PICTURES = "distributions", "clamping", "silence", "learning"
 
 
@@ -52,9 +59,9 @@ def test_a_change_draws_what_it_concerns_once_and_reads_no_features(explorer, mo
         counted = functools.wraps(f)(lambda *args, f=f: (calls.append(f.__name__), f(*args))[1])
         monkeypatch.setattr(explore, name, counted)
     own, choices = explore.choices("decay"), explorer.choices
-    changes = [(choices["study"], "decay", PICTURES), (explorer.threshold, .2, PICTURES[:2]),
-               (choices["policy"], "bn", PICTURES), (choices["rest"], own[own.policy == "bn"].rest.iloc[1], PICTURES),
-               (explorer.others, tuple(own.folder[:3]), PICTURES[3:]), (choices["study"], "short", PICTURES), (choices["arch"], "resnet32", PICTURES)]
+    changes = [(choices["study"], "short", PICTURES), (choices["arch"], "resnet32", PICTURES), (explorer.threshold, .2, PICTURES[:2]),
+               (choices["study"], "decay", PICTURES), (choices["policy"], "bn", PICTURES),
+               (choices["rest"], own[own.policy == "bn"].rest.iloc[1], PICTURES), (explorer.others, tuple(own.folder[:3]), PICTURES[3:])]
     for widget, value, drawn in changes:
         assert widget.value != value
         calls.clear()
@@ -68,7 +75,7 @@ def test_numbers_are_those_of_the_records(explorer):
     for t in (0, .005, .01, .05, .1, .3, 1.):
         explorer.threshold.value = t
         share, accuracy = expected(t, seed=1)
-        assert f"'share'>{share}<" in explorer.told.value and f"'accuracy'>{accuracy}<" in explorer.told.value, t
+        assert f'"share">{share}<' in explorer.told.value and f'"accuracy">{accuracy}<' in explorer.told.value, t
 
 
 def test_accuracies_are_those_of_the_clamped_network(explorer):
@@ -86,13 +93,13 @@ def test_accuracies_are_those_of_the_clamped_network(explorer):
         if n == explore.numbers(found, t)["below"]:
             assert told == pytest.approx(right, abs=1.01*100/len(data.test))   # one image: processors round differently
         elif not more:
-            assert "and not beyond" in explore.sentences(explore.numbers(found, t), 50)
+            assert "not measured beyond" in words(explore.numbers(found, t))
     assert explore.numbers(found, .01)["measured"][1:] == [] and t == .9 and not more
 
 
 def test_a_run_without_images_says_so():
     told = numbers(dict(gamma=np.array([.1, -.3, .0])), .2)
-    assert told == dict(below=2, channels=3) and "not measured" in explore.sentences(told, 50)
+    assert told == dict(below=2, channels=3) and "not measured" in words(told)
 
 
 def test_runs_that_cannot_be_shown_are_not_offered(explorer, tmp_path, monkeypatch):
@@ -110,6 +117,46 @@ def test_runs_that_cannot_be_shown_are_not_offered(explorer, tmp_path, monkeypat
         assert Explorer().choices["study"].options == ("decay",)
 
 
+def test_every_analysed_run_can_be_chosen(explorer, tmp_path, monkeypatch):
+    "Those of a folder that is no study too: `scratch` is where single runs go."
+    found = explorer.choices["study"].options
+    analysed = {f.parent.parent.name for f in (ROOT / "runs").glob("*/*/features.safetensors")}
+    assert set(found) == {s for s in analysed if len(explore.choices(s))} and {"short", "decay"} <= set(found)
+    shutil.copytree(ROOT / "runs/decay", tmp_path / "scratch")
+    monkeypatch.setenv("BNONLY_RUNS", str(tmp_path))
+    for f in (explore.choices, explore.load):
+        f.cache_clear()
+    assert Explorer().choices["study"].options == ("scratch",)
+    monkeypatch.setenv("BNONLY_RUNS", str(tmp_path / "none"))
+    assert explore.explorable() == []
+
+
+def test_pictures_have_one_size_and_dots_for_dense_screens(explorer):
+    from PIL import Image
+    sizes = {Image.open(io.BytesIO(w.value)).size for w in explorer.pictures.values()}
+    assert len(sizes) == 1 and sizes.pop()[0] >= 2 * 500
+
+
+def test_markup_in_a_record_stays_text(explorer, monkeypatch):
+    "In the numbers, and in the lists, whose options are text of the browser."
+    markup = "<img src=x onerror=window.ran=1>{{7*7}}"
+    explorer.run = explorer.run.copy()
+    explorer.run["images"] = markup
+    explorer.clamp()
+    assert "<img" not in explorer.told.value and "&lt;img src=x onerror=window.ran=1&gt;{{7*7}}" in explorer.told.value
+
+
+def test_odd_metrics_leave_a_curve_out(explorer, tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,accuracy\n1,<b>\n")
+    with pytest.warns(UserWarning, match="cannot be read as metrics"):
+        assert explore.learning({"odd": str(tmp_path)}).startswith(b"\x89PNG")
+
+
+def test_importing_changes_no_style():
+    probe = "import matplotlib, bnonly.claims, bnonly.explore, bnonly.report; d = matplotlib.rcParamsDefault; print([k for k in d if k != 'backend' and d[k] != matplotlib.rcParams[k]])"
+    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
 @contextmanager
 def serving(address, server):
     "Wait for a server, and end it at last."
@@ -125,8 +172,7 @@ def serving(address, server):
     try:
         yield
     finally:
-        server.terminate()
-        server.wait(10)
+        explore.end(server)
 
 
 def free_port():
@@ -154,6 +200,39 @@ def test_the_explorer_fails_as_its_server_does(monkeypatch):
         explore.serve(free_port())
 
 
+def test_a_server_that_is_told_to_end_ends_with_its_kernels(tmp_path, monkeypatch):
+    "`bnonly explore` and SIGTERM: after a page was opened, nothing of it lives on."
+    pytest.importorskip("voila", reason="voila is not installed: pip install 'bnonly[dev]'")
+    monkeypatch.setenv("BNONLY_RUNS", str(tmp_path))
+    port = free_port()
+    command = subprocess.Popen([sys.executable, "-m", "bnonly", "explore", "--port", str(port)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    with serving(f"http://127.0.0.1:{port}/voila/static/", command):
+        urlopen(f"http://127.0.0.1:{port}", timeout=180).read()   # a kernel
+        ours = family(command.pid)
+        assert len(ours) >= 3
+        command.send_signal(signal.SIGTERM)
+        assert "bnonly: stopped" in command.communicate(timeout=30)[1]
+    for _ in range(300):
+        if not any(map(running, ours)):
+            break
+        time.sleep(.1)
+    assert not any(map(running, ours)) and explore.free(port)
+
+
+def running(pid):
+    "Whether a process lives; one that nobody has waited for does not."
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def family(pid):
+    "A process and all that it started."
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    return [pid, *(d for c in children.read_text().split() for d in family(int(c)))] if children.exists() else [pid]
+
+
 def voila(page, folder):
     "The explorer served as a page."
     pytest.importorskip("voila", reason="voila is not installed: pip install 'bnonly[dev]'")
@@ -179,24 +258,45 @@ def lab(page, folder):
         yield
 
 
-@pytest.mark.parametrize("place", [voila, lab])
-def test_in_a_browser_the_slider_changes_the_picture_and_the_numbers(page, place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place, threshold", [(voila, .01), (lab, .1)])   # where each begins
+def test_in_a_browser_the_slider_changes_the_picture_and_the_numbers(page, place, threshold, tmp_path, monkeypatch):
     monkeypatch.setenv("BNONLY_RUNS", str(ROOT / "runs"))
     monkeypatch.chdir(ROOT)
     with contextmanager(place)(page, tmp_path):
         page.wait_for_selector(".noUi-handle", timeout=120_000)
         page.wait_for_selector("img.widget-image", timeout=60_000)
-        walk(page)
+        walk(page, threshold)
     assert not page.left and not page.errors
 
 
-def walk(page):
+@pytest.mark.parametrize("width, columns", [(1280, 2), (375, 1)])
+def test_the_page_opens_with_its_controls(page, width, columns, monkeypatch, tmp_path):
+    "Lists, threshold and pictures of one size on the first screen, prose below; at 375 px nothing is wider than it."
+    monkeypatch.setenv("BNONLY_RUNS", str(ROOT / "runs"))
+    page.set_viewport_size(dict(width=width, height=900))
+    with contextmanager(voila)(page, tmp_path):
+        page.wait_for_selector("img.widget-image", timeout=120_000)
+        page.wait_for_function("[...document.querySelectorAll('img.widget-image')].length == 4")
+        page.wait_for_function("[...document.querySelectorAll('img.widget-image')].every(i => i.complete && i.naturalWidth)")
+        boxes = page.locator("img.widget-image").evaluate_all("all => all.map(i => { const b = i.getBoundingClientRect(); return [b.x, b.y, b.width, b.height] })")
+        top = page.locator(".noUi-handle").bounding_box()["y"]
+        prose = page.locator("h2").first.bounding_box()["y"]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert len({round(w) for *_, w, _ in boxes}) == len({round(h) for *_, h in boxes}) == 1 and boxes[0][2] > .4 * width
+        assert len({round(x) for x, *_ in boxes}) == columns and top < boxes[0][1] < 900 and prose > boxes[-1][1]
+        assert "<b" not in page.locator("body").inner_text()
+
+
+def walk(page, start):
     "Choose a run, move the slider with the keyboard, and compare what is shown with the record."
     lists, say = page.locator(".widget-dropdown select"), lambda what: page.locator(f"b.{what}").inner_text()
+    assert lists.nth(0).input_value() == "decay"
+    lists.nth(2).select_option("bn")
+    lists.nth(3).get_by_text("weight_decay=0.0,seed=0", exact=True).wait_for(state="attached")   # only bn has this run
     lists.nth(3).select_option("weight_decay=0.012,seed=0")
-    page.wait_for_function(f"document.querySelector('b.share').textContent === '{expected(.1)[0]}'", timeout=30_000)
+    page.wait_for_function(f"document.querySelector('b.share').textContent === '{expected(start)[0]}'", timeout=30_000)
     for step in range(1, 4):
-        t = round(.1 + .005 * step, 3)
+        t = round(start + .005 * step, 3)
         before = page.locator("img.widget-image").evaluate_all("all => all.map(i => i.src)")
         page.locator(".noUi-handle").focus()
         page.keyboard.press("ArrowRight")

@@ -209,7 +209,7 @@ def test_figures_say_what_is_missing():
     table = pd.DataFrame([dict(asdict(plan[0]), status="complete", accuracy=30., images="MNIST", folder=plan[0].key)])
     def words(plan):
         fig = mlp.depth_figure(table, 10, plan)
-        return " ".join(" ".join(t.get_text() for t in fig.texts + [fig._supxlabel] if t).split())
+        return " ".join(" ".join(t.get_text() for t in fig.texts).split()) + fig.get_label()
     assert "1 of 2 planned runs of this figure are not measured; every point has at least one." in words(plan[:2])
     assert "4 of 5 planned runs of this figure are not measured; none for “All parameters, without BatchNorm”; “BatchNorm only” (mlp4-10)." in words(plan)
     assert "Every planned run of this figure is complete." in words(plan[:1])
@@ -223,9 +223,9 @@ def test_a_line_is_dotted_across_depths_that_are_not_measured():
     fig = mlp.depth_figure(runs({(f"mlp{d}-20", BN): (60., 62.) for d in (2, 4, 8)}), 20)
     line, = [c.lines[0] for c in fig.axes[0].containers]
     assert dict(zip(line.get_xdata(), line.get_ydata())) == pytest.approx({2: 61, 4: 61, 6: float("nan"), 8: 61}, nan_ok=True)
-    assert "dotted" in fig.get_supxlabel() and drawn(fig).query("kind == 'line' and label == 'BatchNorm only'").x.tolist() == [2, 4, 8]
+    assert "dotted" in fig.get_label() and drawn(fig).query("kind == 'line' and label == 'BatchNorm only'").x.tolist() == [2, 4, 8]
     whole = mlp.depth_figure(runs({(a, BN): (60., 62.) for a in mlp.mlps(20)}), 20)
-    assert "dotted" not in whole.get_supxlabel() and len(whole.axes) == 1
+    assert "dotted" not in whole.get_label() and len(whole.axes) == 1
 
 
 def test_lines_upon_each_other_are_shown_once_more():

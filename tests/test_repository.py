@@ -15,7 +15,8 @@ from bnonly.experiment import Spec, preset
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-LIGHT = "experiment", "features", "accuracy", "affine", "activations", "mlp", "claims", "explore", "report"   # import no torch: tables, figures and the report
+LIGHT = ("checked", "experiment", "features", "accuracy", "affine", "activations", "mlp", "claims", "explore", "pages",
+         "captions", "findings", "report", "cli")   # import no torch: tables, figures, the report and the command line
 
 
 def cells(notebook, kind="code"):

@@ -11,8 +11,10 @@ from urllib.parse import unquote
 
 import pandas as pd
 import pytest
-from bnonly.experiment import preset, run_dir, runs_dir, summary
-from bnonly.report import inputs, main, overview, pages, report, runs_page, settings, spread, unmeasured
+from bnonly.cli import COMMANDS, main, options, parse
+from bnonly.experiment import preset, results, run_dir, runs_dir, summary
+from bnonly.findings import HEADLINES, MAIN_CLAIMS, accuracies, comparisons
+from bnonly.report import inputs, overview, pages, report, runs_page, settings, unmeasured
 from bnonly.runlock import ended, holder
 from bnonly.sweep import state
 
@@ -30,7 +32,7 @@ def project(folder):
     "A project with one small study, and its command line."
     (folder / "settings.ini").write_text(MINI)
     shutil.copytree(ROOT / "nbs", folder / "nbs")
-    return lambda *args: subprocess.run([Path(sys.executable).parent / "bnonly", *args], cwd=folder, capture_output=True, text=True,
+    return lambda *args: subprocess.run([sys.executable, "-m", "bnonly", *args], cwd=folder, capture_output=True, text=True,
                                         env=os.environ | {"BNONLY_RUNS": str(folder / "runs"), "CUDA_VISIBLE_DEVICES": ""})
 
 
@@ -57,10 +59,11 @@ def test_a_study_ends_in_a_site_that_opens_offline(here):
     figures = tmp_path / "runs/mini/figures"
     drawn = {f"fig{n:02}" for n in (1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 14)} | {"table1", "tableC1"}
     assert drawn <= {f.stem for f in figures.glob("*.png")} and drawn <= {f.stem for f in figures.glob("*.svg")}
-    assert "±" in page and "resnet14" in page and "src='figures/fig02.png'" in page
+    assert "±" in page and "resnet14" in page and 'src="figures/fig02.png"' in page
     for figure in figures.glob("fig*.png"):
-        assert f"src='figures/{figure.name}'" in (index.parent / "figures.html").read_text()
+        assert f'src="figures/{figure.name}"' in (index.parent / "figures.html").read_text()
         assert len(pd.read_csv(figure.with_suffix(".csv")).columns) == 8
+    assert (index.parent / "07_accuracy.html").read_text().count("data:image/png") >= 12   # all are shown there too
     means = summary(pd.read_csv(index.parent / "runs.csv"))
     drawn = pd.read_csv(figures / "fig02.csv", dtype=dict(tick=str)).query("label == 'BatchNorm' and tick == '14'")
     assert drawn.y.iloc[0] == pytest.approx(means.query("arch == 'resnet14' and policy == 'bn'")["mean"].iloc[0])
@@ -71,6 +74,25 @@ def test_a_study_ends_in_a_site_that_opens_offline(here):
     assert "every run is complete" in again.stderr
     before = index.stat().st_mtime_ns
     assert bnonly("report", "mini").returncode == 0 and index.stat().st_mtime_ns == before
+
+
+def test_the_first_page_opens_with_a_sentence_and_five_claims(here):
+    from html.parser import HTMLParser
+    index = here / "runs/mini/report/index.html"
+    if not index.exists():
+        pytest.skip("the report of this module's first test is not there")
+
+    class Read(HTMLParser):
+        told, rows, folded = "", 0, 0
+        def handle_starttag(self, tag, attributes):
+            self.folded += tag == "details"
+            self.rows += tag == "tr" and not self.folded
+        def handle_data(self, words):
+            self.told += "" if self.folded else words
+    page = Read()
+    page.feed(index.read_text().partition("<main>")[2])
+    assert "comparisons of test accuracy" in page.told and "on digits after 3 epochs." in " ".join(page.told.split())
+    assert page.rows == 1 + 5 and page.folded == 3   # the head and five claims; all else is folded away
 
 
 def test_its_pages_in_a_browser(here, page):
@@ -103,10 +125,10 @@ def test_its_pages_in_a_browser(here, page):
     assert [float(a) for a in cells("accuracy")] == sorted(float(a) for a in cells("accuracy")) and len(cells("accuracy")) == 12
     page.locator("th", has_text=re.compile("^accuracy$")).click()
     assert [float(a) for a in cells("accuracy")] == sorted((float(a) for a in cells("accuracy")), reverse=True)
-    page.fill("#find", "resnet8 =bn")
-    assert set(cells("arch")) == {"resnet8"} and set(cells("policy")) == {"bn"} and page.inner_text("#count") == "2"
+    page.fill(".filter input", "resnet8 =bn")
+    assert set(cells("arch")) == {"resnet8"} and set(cells("policy")) == {"bn"} and page.inner_text(".filter output") == "2"
     page.emulate_media(media="print")
-    assert page.locator("nav").is_hidden() and page.locator("#find").is_hidden()
+    assert page.locator("nav").is_hidden() and page.locator(".filter").is_hidden()
 
 
 def test_a_mistake_is_answered_by_one_line(bnonly):
@@ -117,8 +139,9 @@ def test_a_mistake_is_answered_by_one_line(bnonly):
 
 @pytest.mark.parametrize("args,answer", [(["train", "--policy", "bm"], "the nearest is 'bn'"),
                                          (["report", "mini"], "no finished run"), (["claims", "mini"], "no finished run"),
-                                         (["figures", "minni"], "the nearest is 'mini'"), (["studdy", "mini"], "the nearest is 'study'"),
-                                         (["study", "mini", "--onlly", "policy=bn"], "the nearest is '--only'")])
+                                         (["train", "--policy", "btachnorm"], "the nearest is 'bn'"),
+                                         (["figures", "minni"], "the nearest is 'mini'"), (["train", "--dtype", "float61"], "the nearest is 'float"),
+                                         (["train", "--device", "cpuu"], "the nearest is 'cpu'")])
 def test_a_mistake_ends_in_one_sentence(args, answer, tmp_path, monkeypatch):
     (tmp_path / "settings.ini").write_text(MINI)
     (tmp_path / "nbs").symlink_to(ROOT / "nbs")
@@ -143,16 +166,69 @@ def test_what_nothing_can_be_done_with_is_refused(args, answer):
                                           (MemoryError(), "MemoryError"), (KeyboardInterrupt(), "what was finished is kept"),
                                           (OSError("Exception occured in `Journal` when calling event `after_epoch`:\n\tthe disk is full."), "the disk is full.")])
 def test_an_error_on_the_way_is_one_sentence(monkeypatch, error, answer):
-    def fail(*_): raise error
-    monkeypatch.setattr("bnonly.report.train_command", fail)
+    def fail(**_): raise error
+    monkeypatch.setitem(COMMANDS, "train", fail)
     with pytest.raises(SystemExit) as end:
         main(["train"])
     assert end.value.code == f"bnonly: {answer}" or isinstance(error, KeyboardInterrupt) and answer in end.value.code
 
 
+@pytest.mark.parametrize("args, answer", [(["studdy", "mini"], "the nearest is 'study'"), (["study", "mini", "--onlly", "policy=bn"], "the nearest is '--only'"),
+                                          (["train", "--xtra", "x"], "the nearest is '--"), (["--verison"], "the nearest is '"), (["train", "--polic", "bn"], "the nearest is '--policy'")])
+def test_a_command_or_an_option_that_does_not_exist_ends_with_status_2(args, answer, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    said = capsys.readouterr()
+    assert end.value.code == 2 and answer in said.err and len(said.err.splitlines()) == 1 and not said.out
+    assert "pdb" not in said.err and "xtra'" not in said.err.partition("is not one of")[2]
+
+
+def test_help_and_version(capsys):
+    import bnonly
+    main(["--version"])
+    assert capsys.readouterr().out == f"bnonly {bnonly.__version__}\n"
+    main([])
+    overview = capsys.readouterr().out
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            main([name, "--help"])
+        told = capsys.readouterr().out
+        assert not end.value.code and f"  {name} " in overview and "--pdb" not in told and "--xtra" not in told
+        assert all(option in told for option in options(name)), name
+    assert {"--arch", "--study", "--device", "--dtype"} <= set(options("train"))
+
+
+def test_training_is_told_a_device_and_a_type(monkeypatch):
+    import torch
+    told = {}
+    monkeypatch.setattr("bnonly.train.fit", lambda spec, study, **how: told.update(how, spec=spec) or dict(status="diverged", final=dict(accuracy=9.)))
+    main(["train", "--device", "cpu", "--dtype", "bfloat16", "--arch", "resnet8"])
+    assert (told["device"], told["dtype"], told["spec"].arch) == (torch.device("cpu"), torch.bfloat16, "resnet8")
+    main(["train"])
+    assert told["device"] is told["dtype"] is None
+    assert parse(["study", "demo", "--dry-run", "--only", "arch=resnet8"])[1]["dry_run"] is True
+
+
+def test_the_comparisons_are_the_plans_whatever_is_trained():
+    shutil.copytree(ROOT / "runs/short", runs_dir() / "short")
+    plan, table = preset("short"), results("short")
+    whole = comparisons(plan, table)
+    for some in (table[:0], table[:1], table[table.policy == "bn"], table[table.seed == 0]):
+        assert comparisons(plan, some)["the paper finds"].tolist() == whole["the paper finds"].tolist()
+    assert set(comparisons(plan, table[:0])["here"]) == {"not measured"} and "holds" in set(whole["here"])
+    assert comparisons([], table).empty
+
+
+def test_the_claims_of_the_first_page_exist():
+    from bnonly.claims import PAPERS
+    known = {c.id for claims in PAPERS.values() for c in claims}
+    for ids in (MAIN_CLAIMS, *HEADLINES.values()):
+        assert len(set(ids)) == 5 and set(ids) <= known
+
+
 def test_only_training_and_timing_go_without_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr("bnonly.report.root", lambda: tmp_path)
-    monkeypatch.setattr("bnonly.report.train_command", lambda *_: None)
+    monkeypatch.setattr("bnonly.cli.root", lambda: tmp_path)
+    monkeypatch.setitem(COMMANDS, "train", lambda **_: None)
     main(["train"])
     for lacks in ("settings.ini", "nbs/04_train.ipynb"):
         for command in (["study", "demo"], ["report", "demo"], ["explore"], ["campaign"]):
@@ -182,15 +258,15 @@ def test_a_report_without_its_figures_is_drawn_again():
 def test_runs_that_differ_in_a_small_coefficient_stand_apart_in_the_table():
     run = dict(policy="all", status="complete", norm="fixup-open", seed=0)
     table = pd.DataFrame([run | dict(arch=a, standardize=s, accuracy=v) for a, s, v in (("resnet20", 0, 90), ("resnet8", .0001, 80), ("resnet8", 0, 70))])
-    cells = re.findall("<t[hd]>(.*?)</t[hd]>", spread(table))
-    assert cells == ["arch", "standardize", "all", "resnet8", "0", "70.0 (1)", "resnet8", "0.0001", "80.0 (1)", "resnet20", "0", "90.0 (1)"]
+    assert accuracies(table).to_dict("split", index=False) == dict(
+        columns=["arch", "standardize", "all"], data=[["resnet8", 0, "70.0 (1)"], ["resnet8", .0001, "80.0 (1)"], ["resnet20", 0, "90.0 (1)"]])
 
 
 @pytest.mark.parametrize("study, said", [("demo", True), ("mlp", False), ("regularization-demo", False)])
 def test_only_the_main_papers_figures_leave_runs_out(study, said):
     "Other normalizations and coefficients are what the other papers' figures show."
     shutil.copytree(ROOT / "runs/regularization-short", runs_dir() / study)
-    assert ("runs of another recipe" in overview(study)) == said
+    assert ("runs of another recipe" in overview(study).read_text()) == said
 
 
 def test_a_study_tells_of_a_run_that_killed_its_process(tmp_path, monkeypatch, capsys):
@@ -199,7 +275,7 @@ def test_a_study_tells_of_a_run_that_killed_its_process(tmp_path, monkeypatch, c
     (tmp_path / "settings.ini").write_text("[mini]\nepochs = 2\narch = resnet8\npolicy = bn, output\n")
     monkeypatch.chdir(tmp_path)
     victim, other = preset("mini")
-    command, killed = [Path(sys.executable).parent / "bnonly", "study", "mini", "--workers", "1"], set()
+    command, killed = [sys.executable, "-m", "bnonly", "study", "mini", "--workers", "1"], set()
     study = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while study.poll() is None:
         pid = holder(run_dir(victim, "mini")).get("pid", study.pid)
@@ -211,14 +287,15 @@ def test_a_study_tells_of_a_run_that_killed_its_process(tmp_path, monkeypatch, c
     assert study.returncode == 1 and len(killed) == 2 and "mini: 1 runs trained, 1 failed" in said and error in said
     assert (state(victim, "mini"), state(other, "mini")) == ("failed", "complete")
     assert unmeasured("mini") == [dict(run=victim.key, state="failed", error=error)]
-    assert "Not measured: <a href='runs.html#unmeasured'>1 of 2 planned runs</a> (1 failed)." in overview("mini")
-    assert "<h2 id=unmeasured>" in runs_page("mini") and f"<td>{error}</td>" in runs_page("mini")
+    words = lambda file: " ".join(re.sub("<[^>]*>", "", file.read_text()).split())
+    assert "Not measured: 1 of 2 planned runs (1 failed)." in words(overview("mini"))
+    assert "Planned, but not measured" in words(runs_page("mini")) and error in words(runs_page("mini"))
     before = inputs("mini")
     with pytest.raises(SystemExit) as end: main(["study", "mini"])
     assert end.value.code == 1 and "--retry-failed takes them up again" in capsys.readouterr().err
     main(["study", "mini", "--retry-failed"])
     assert unmeasured("mini") == [] and inputs("mini") != before
-    assert "Not measured" not in overview("mini") and "id=unmeasured" not in runs_page("mini")
+    assert "Not measured" not in words(overview("mini")) and "not measured" not in words(runs_page("mini"))
 
 
 def test_make_study_goes_on_after_a_failure(tmp_path):
@@ -240,7 +317,7 @@ def test_kill_ends_the_workers_too(tmp_path):
     "Two runs of a study, stopped by SIGTERM once both are locked."
     project(tmp_path)
     (tmp_path / "settings.ini").write_text(MINI.replace("epochs = 3", "epochs = 10000"))
-    study = subprocess.Popen([Path(sys.executable).parent / "bnonly", "study", "mini", "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    study = subprocess.Popen([sys.executable, "-m", "bnonly", "study", "mini", "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     locked = lambda: [f for f in runs_dir().glob("mini/*") if holder(f)]
     for _ in range(600):
         if len(locked()) == 2: break

@@ -1,0 +1,4 @@
+"python -m bnonly"
+from .cli import main
+
+main()
