@@ -160,7 +160,7 @@ def test_importing_changes_no_style():
 @contextmanager
 def serving(address, server):
     "Wait for a server, and end it at last."
-    for _ in range(300):
+    for _ in range(900):
         try:
             urlopen(address, timeout=1)
         except OSError as e:
