@@ -8,7 +8,7 @@ import pytest
 import torch
 from bnonly.bench import bench_kernels, bench_steps, candidates, processes, seconds_of, tick, work
 from bnonly.experiment import runs_dir
-from bnonly.kernels import kernels
+from bnonly.native import kernels
 from bnonly.report import main
 
 
