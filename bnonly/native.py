@@ -15,7 +15,7 @@ import torch
 
 from .experiment import choose
 
-__all__ = ["CSRC", "MARCHES", "Direct", "Entry", "Kernels", "Layer", "Norm", "build", "kernels", "load", "march", "processor",
+__all__ = ["CSRC", "MARCHES", "Direct", "Entry", "Kernels", "Layer", "Norm", "build", "keep_memory", "kernels", "load", "march", "processor",
            "pytorch_convolves_bfloat16", "pytorch_features"]
 
 CSRC = Path(__file__).parent/"csrc"
@@ -130,3 +130,12 @@ def pytorch_convolves_bfloat16() -> str:
     found = pytorch_features()
     if "amx_bf16" in found: return "all"
     return "direct" if "avx512_bf16" in found and "avx512_fp16" not in found else "none"
+
+
+def keep_memory():
+    """Let glibc keep freed activations for the next step of this process. Otherwise it gives the memory of each back to the
+    system, which zeroes every page anew at the next step."""
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError): return         # another C library
+    mallopt(-3, 2**30) or mallopt(-3, 2**25)         # M_MMAP_THRESHOLD; older versions take no more than the second
+    mallopt(-1, 2**31 - 1)                           # M_TRIM_THRESHOLD

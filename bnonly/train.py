@@ -78,10 +78,9 @@ with warnings.catch_warnings():
 from . import __version__
 from .data import Images, load_data, loaders, named, own_part
 from .experiment import SCHEDULES, Spec, choose, load_record, parameters, parse_arch, parse_policy, root, run_dir, seal, write
-from .graph import Graph
-from .kernels import accelerate, keep_memory, kernels
+from .layers import prepare_layers
 from .models import BiasAct, FixupConv, create_model, generator, normalization
-from .native import pytorch_convolves_bfloat16
+from .native import keep_memory, kernels, pytorch_convolves_bfloat16
 from .norms import affine_table, zero_rates
 from .penalties import Embedding, regularizers
 from .policies import counts, freeze, load_moved, moved, trainable
@@ -180,16 +179,11 @@ def default_dtype(device:torch.device, arch:str, norm:str="batch") -> torch.dtyp
 
 # %% ../nbs/04_train.ipynb #9154b046
 def prepare(model, device, dtype):
-    "Move a model to where and how it trains."
+    "Move a network to where and how it trains. What is frozen must stay as it is from then on: its weights are packed here."
     if device.type == "cpu": keep_memory()
-    model = accelerate(model.to(device, memory_format=torch.channels_last), dtype)
-    if dtype != torch.float32: model.forward = partial(_rounded, model, device.type, dtype)
+    model = prepare_layers(model.to(device, memory_format=torch.channels_last), dtype)
     model.prepared = str(dtype).removeprefix("torch.")
     return model
-
-def _rounded(model, kind, dtype, x):
-    "The forward pass of a network with its convolutions in `dtype`."
-    with torch.autocast(kind, dtype): return type(model).forward(model, x)
 
 # %% ../nbs/04_train.ipynb #9b5adcf2
 def loss_func(logits, y, reduction="mean"): return F.cross_entropy(logits.float(), y, reduction=reduction)
@@ -209,7 +203,6 @@ def learner(spec:Spec,                        # the run
     metrics = [accuracy, top5]
     if not trainable(model): own.append(Still())
     if num_distrib() > 1: own.append(Parallel())
-    elif device.type == "cuda" and len(extra) == 1: own.append(Graph(Schedule, Embedding))   # a penalty is not captured
     if spec.patience:
         data, held = hold_out(data, spec.seed)
         metrics.append(HeldOut(loaders(held, max(spec.batch_size, 1000), device=device)[1]))

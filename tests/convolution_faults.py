@@ -132,9 +132,10 @@ def run(convolution, case, guard, tolerance=0, repeats=2):
 
 def layer(x, weight, bias=None, stride=1, padding=0, groups=1):
     "A convolution as a layer of a network that trains computes it. It may add in another order."
+    from bnonly.layers import Conv2d
     from bnonly.train import prepare
     o, c, k, _ = weight.shape
-    conv = torch.nn.Conv2d(c*groups, o, k, stride, padding, groups=groups, bias=bias is not None)
+    conv = Conv2d(c*groups, o, k, stride, padding, groups=groups, bias=bias is not None)
     model = prepare(torch.nn.Sequential(conv), torch.device("cpu"), x.dtype)
     given = {"0.weight": weight.float()} | ({} if bias is None else {"0.bias": bias.float()})
     return torch.func.functional_call(model, given, x.float())

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from bnonly.data import load_data
 from bnonly.experiment import Spec
-from bnonly.kernels import kernels
+from bnonly.native import kernels
 from bnonly.train import fit
 from fastai.callback.core import Callback
 

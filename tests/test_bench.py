@@ -8,8 +8,8 @@ import pytest
 import torch
 from bnonly.bench import bench_kernels, bench_steps, candidates, processes, seconds_of, tick, work
 from bnonly.experiment import runs_dir
-from bnonly.kernels import kernels
 from bnonly.cli import main
+from bnonly.native import kernels
 
 
 def test_a_row_of_the_benchmark(capsys, monkeypatch):

@@ -51,25 +51,15 @@ def test_the_kernels_touch_no_memory_but_their_own():
     libraries = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip() for name in ("libasan.so", "libstdc++.so")]
     if not all(map(os.path.isabs, libraries)): pytest.skip("g++ has no libasan here")
     code = """import torch
-import bnonly.kernels, test_kernels as t
-bnonly.kernels.pytorch_convolves_bfloat16 = lambda: "none"
-way = t._way_of
-bnonly.kernels._way_of = lambda direct, shape, trains, *rest: way(direct, shape, False, *rest)   # Winograd also for few tiles
+import test_ops as t
 torch.set_num_threads(2)
-for s in t.SHAPES:
-    for dtype in (torch.float32, torch.bfloat16):
-        for residual in (False, True):
-            for training in (False, True):
-                inputs, grad = t.case(s, dtype, residual)
-                t.evaluate(t.bn_act, inputs, grad, training=training)
-for s in (*t.WINOGRAD, (1, 16, 16, 1, 1), (1, 16, 32, 2, 2)):
-    if min(s[3:]) > 1: t.follow(s), t.follow_bfloat16(s)
+for dtype in t.ops.DTYPES:
+    for s in t.SHAPES: t.follow_norm(s, dtype, ((),))
+    for s in (*t.WINOGRAD, (1, 16, 16, 1, 1), (1, 16, 32, 2, 2)): t.follow_winograd(s, dtype)
+    for case in t.SPARSE: t.follow_entries(dtype, *case)
+    for s in t.BLOCKS:
+        for trains in (False, True): t.follow_blocks(s, dtype, trains)
 for s in (*t.DIRECT, (1, 1, 16, 2, 2, 3, 1, 1), (1, 5, 16, 3, 3, 3, 2, 1)): t.follow_direct(s)
-for s in t.BLOCKS:
-    for policy in ("bn", "all"):
-        for dtype in (torch.float32, torch.bfloat16): t.follow_blocks(s, dtype, policy)
-for layer, shape in t.LAYERS:
-    for dtype in (torch.float32, torch.bfloat16): t.follow_entries(layer, shape, dtype)
 print("clean")"""
     env = os.environ | dict(CXX="g++ -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined", LD_PRELOAD=" ".join(libraries), BNONLY_KERNELS="fused",
                             ASAN_OPTIONS="detect_leaks=0:alloc_dealloc_mismatch=0", OMP_NUM_THREADS="2")

@@ -106,16 +106,16 @@ def test_policies_take_networks_without_batchnorm(policy):
 @pytest.mark.parametrize("norm,act", [("batch", "swish"), ("fixup", "swish"), ("none", "relu"), ("single", "swish"), ("batch", "relu")])
 def test_the_fused_kernels_agree_or_stand_aside(norm, act, monkeypatch):
     "The same logits and gradients with and without them."
-    from bnonly import kernels
+    from bnonly.native import kernels
     spec, found = replace(TINY, norm=norm, act=act), []
     for how in ("", "plain"):
         monkeypatch.setenv("BNONLY_KERNELS", how)
-        kernels.kernels.cache_clear()
+        kernels.cache_clear()
         learn = learner(spec, **CPU)
         x, y = next(iter(learn.dls.train))
         learn.loss_func(out := learn.model.train()(x), y).backward()
         found.append((out.detach(), {n: p.grad for n, p in learn.model.named_parameters()}))
-    kernels.kernels.cache_clear()
+    kernels.cache_clear()
     (a, ga), (b, gb) = found
     assert torch.allclose(a, b, atol=1e-4)
     for n in gb:

@@ -17,7 +17,7 @@ from bnonly import native, train
 from bnonly.data import describe, load_data, loaders
 from bnonly.experiment import BrokenRecord, Spec, load_record, results, run_dir
 from bnonly.features import restore
-from bnonly.kernels import kernels
+from bnonly.native import kernels
 from bnonly.models import Conv2d, FixupConv
 from bnonly.norms import affine_table, zero_rates
 from bnonly.policies import RandomEntries

@@ -1,0 +1,316 @@
+"""Convolutions by the compiled kernels: which of them is fastest, how a weight is packed for it, and the operators, for
+weights that rest, that train, and of which a few entries train."""
+import ctypes
+from itertools import product
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .native import Direct, Entry, kernels, pytorch_convolves_bfloat16
+from .register import channels_last, count_flops, empty, formula, operator, products, ptr, wanted
+
+__all__ = ["DTYPES", "ALGORITHMS", "HEADER", "rival", "conv_algorithm", "Phase", "phases", "pack", "scale_of", "output_size", "conv2d",
+           "sparse_conv2d_reference", "sparse_conv2d", "sparse_linear_reference", "sparse_linear"]
+
+DTYPES = torch.float32, torch.bfloat16
+ALGORITHMS = "winograd", "direct", "pytorch"
+ONE = (1, 1)
+
+
+def rival(dtype) -> str:
+    """Which convolutions PyTorch computes faster than the kernels, which is measured (`bnonly bench --kernels`): in
+    float32 none whose images have at least four pixels ('float32'), in bfloat16 'none', 'direct' or 'all'."""
+    if kernels() is None or dtype not in DTYPES: return "all"
+    return pytorch_convolves_bfloat16() if dtype == torch.bfloat16 else "float32"
+
+
+def conv_algorithm(rival:str, shape, trains:bool, stride, padding, dilation, groups, images=None, size=None) -> str:
+    """Which of `ALGORITHMS` computes a convolution of a weight of this shape fastest, as measured; images and size: how
+    many, and rows and columns of the outputs (None: many and large)."""
+    O, C, *kernel = shape
+    square = len({*kernel}) == len({*stride}) == len({*padding}) == 1
+    if rival == "all" or O % 16 or O == 0 or groups != 1 or tuple(dilation) != ONE or not square: return "pytorch"
+    if size and min(size) == 1 < kernel[0]: return "pytorch"   # which leaves out the border
+    direct = "direct" if rival == "none" else "pytorch"
+    if C % 16 or (kernel[0], stride[0], padding[0]) != (3, 1, 1): return direct
+    if not size: return "winograd"
+    tiles = -(-size[0]//4) * -(-size[1]//4)
+    empty = size[0]*size[1] <= 4*tiles   # mostly: as many products as without tiles
+    least = 64 if rival == "none" else max(64, O//2)   # tiles that repay a transform of the weight at every step
+    few = trains and (empty or images*tiles < least)
+    return direct if few or empty and rival != "float32" else "winograd"
+
+
+# Packed weights
+
+class Phase(NamedTuple):
+    """A direct convolution: A x E taps of a weight from `tap`; where it begins to read, before the first of what it
+    reads; and the first row and column that it gives."""
+    A: int
+    E: int
+    tap: tuple
+    top: int
+    left: int
+    row: int
+    column: int
+
+
+def phases(K:int, stride:int, padding:int, back:bool=False) -> list[Phase]:
+    "The direct convolutions that a convolution of KxK taps, or with `back` the gradient of its input, is made of."
+    lines = [(K, 0, padding, 0)]   # taps, the first, what lies before, the first row
+    if back:   # input p = stride i + first is read by output i + (first + padding - k)/stride at tap k, if that is whole
+        met = [[k for k in reversed(range(K)) if (first + padding - k) % stride == 0] for first in range(stride)]
+        starts = [(ks[0], (ks[0] - first - padding)//stride) if ks else (0, 0) for first,ks in enumerate(met)]
+        lines = [(len(ks), *start, first) for first,(ks, start) in enumerate(zip(met, starts))]
+    return [Phase(A, E, (k, l), top, left, row, column)
+            for (A, k, top, row),(E, l, left, column) in product(lines, lines)]
+
+
+HEADER = 64   # bytes before a packed weight, which begin with the float32 by which its numbers are to be multiplied
+
+
+def pack(weight, algorithm:str, back:bool=False, stride:int=1, padding:int=1) -> torch.Tensor:
+    """A weight [O, C, K, K] in the order in which a kernel reads it, forward or for the gradient of the input: uint8,
+    with a `HEADER`; for Winograd [36, O/16, C, 16], else [O/16, A, E*C, 16] for each phase."""
+    if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
+        weight = weight.contiguous()
+    (o, c, a, e), own, start = weight.stride(), kernels()[weight.dtype], weight.data_ptr()
+    O, C, step = (weight.shape[1], weight.shape[0], -stride) if back else (*weight.shape[:2], 1)
+    if O % 16:
+        nearest = max(16, round(O/16)*16)
+        raise ValueError(f"a kernel computes a multiple of 16 channels, not {O}; the nearest is {nearest}.")
+    number, at = 2 if own.float16 else 4, Entry(*((c, o) if back else (o, c)), a*step, e*step)
+    if algorithm == "winograd": parts = [(own.pack_winograd, (2, 2) if back else (0, 0), 36*O*C, ())]
+    else:
+        parts = [(own.pack_direct, p.tap, O*p.A*(p.E*C + 1), (p.A, p.E))
+                 for p in phases(weight.shape[-1], stride, padding, back)]
+    packed = torch.empty(HEADER + number*sum(n for _,_,n,_ in parts), dtype=torch.uint8)
+    to = packed.data_ptr() + HEADER
+    for call,(k, l),n,sizes in parts:
+        first = start + (k*a + l*e)*weight.element_size()
+        scale = call(start, weight.numel(), first, ctypes.byref(at), to, O, C, *sizes, torch.get_num_threads())
+        to += number*n
+    ctypes.c_float.from_address(packed.data_ptr()).value = scale
+    return packed
+
+
+def scale_of(packed) -> float:
+    "What the numbers of a packed weight are to be multiplied by."
+    return ctypes.c_float.from_address(packed.data_ptr()).value
+
+
+# The convolution
+
+def _convolve(x, weight, bias, packed, size, stride, padding, algorithm, back=False):   # size: of what comes out
+    x, own, channels, threads = channels_last(x), kernels()[x.dtype], weight.shape[int(back)], torch.get_num_threads()
+    if packed is None: packed = pack(weight.to(x.dtype), algorithm, back, stride, padding)
+    if bias is not None: bias = bias.to(x.dtype).contiguous()
+    scale, u, C = scale_of(packed), packed.data_ptr() + HEADER, x.shape[1]
+    y, where = empty(x, len(x), channels, *size), (len(x), *x.shape[2:], C)
+    if algorithm == "winograd":
+        own.winograd(x.data_ptr(), u, ptr(bias), y.data_ptr(), scale, *where, channels, threads)
+        return y
+    step, number = stride if back else 1, 2 if own.float16 else 4
+    for p in phases(weight.shape[-1], stride, padding, back):
+        h, w = ((n - first + step - 1)//step for n,first in zip(size, (p.row, p.column)))
+        shape = Direct(*where, h, w, channels, p.A, p.E, 1 if back else stride, p.top, p.left, *size, step)
+        to = y.data_ptr() + (p.row*size[1] + p.column)*channels*y.element_size()
+        if h > 0 and w > 0: own.direct(x.data_ptr(), u, ptr(bias), to, scale, ctypes.byref(shape), threads)
+        u += number*channels*p.A*(p.E*C + 1)
+    return y
+
+
+def output_size(size, kernel, stride, padding, dilation=ONE) -> list:
+    "Rows and columns that a convolution gives."
+    return [(n + 2*p - d*(k - 1) - 1)//s + 1 for n,k,s,p,d in zip(size, kernel, stride, padding, dilation)]
+
+
+def _conv_compute(x, weight, bias, packed, packed_back, stride, padding, dilation, groups, algorithm, keep):
+    if algorithm != "pytorch":
+        size = output_size(x.shape[2:], weight.shape[2:], stride, padding)
+        return _convolve(x, weight, bias, packed, size, stride[0], padding[0], algorithm)
+    if bias is not None: bias = bias.to(x.dtype)
+    return channels_last(F.conv2d(x, weight.to(x.dtype), bias, stride, padding, dilation, groups))
+
+
+def _conv_fake(x, weight, bias, packed, packed_back, stride, padding, dilation, groups, algorithm, keep):
+    return empty(x, x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation))
+
+
+def _conv_context(ctx, inputs, output):
+    x, weight, bias, packed, packed_back, *ctx.how = inputs
+    ctx.save_for_backward(wanted(x, ctx.needs_input_grad[1]), weight, packed_back)
+    ctx.size = x.shape[2:]
+
+
+def _conv_backward(ctx, dy):
+    (x, weight, packed), needs = ctx.saved_tensors, ctx.needs_input_grad
+    dx = _conv_input_gradient(dy, weight, packed, ctx.size, *ctx.how) if needs[0] else None
+    dw = _conv_weight_gradient(dy, x, weight, *ctx.how) if needs[1] else None
+    db = dy.sum((0, 2, 3)) if needs[2] else None
+    return dx, dw, db, *(None,)*7
+
+
+def _pytorch_gradients(dy, x, weight, stride, padding, dilation, groups, of):   # 0: of the input; 1: of the weight
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
+                                               [i == of for i in range(3)])[of]
+
+
+def _conv_input_compute(dy, weight, packed, size, stride, padding, dilation, groups, algorithm):
+    if algorithm != "pytorch" and weight.shape[1] % 16 == 0:
+        return _convolve(dy, weight, None, packed, size, stride[0], padding[0], algorithm, back=True)
+    never_read = empty(dy, len(dy), weight.shape[1]*groups, *size)
+    how = stride, padding, dilation, groups
+    return channels_last(_pytorch_gradients(dy, never_read, weight.to(dy.dtype), *how, of=0))
+
+
+def _conv_input_fake(dy, weight, packed, size, stride, padding, dilation, groups, algorithm):
+    return empty(dy, dy.shape[0], weight.shape[1]*groups, *size)
+
+
+def _conv_weight_compute(dy, x, weight, stride, padding, dilation, groups, algorithm):
+    dw = torch.empty_like(weight, dtype=torch.float32)
+    if algorithm == "pytorch":
+        if weight.shape[2:] == ONE and (*padding,) == (0, 0):   # see `bnonly.faults`
+            x, stride = x[..., ::stride[0], ::stride[1]], ONE
+        return dw.copy_(_pytorch_gradients(dy, x, weight.to(x.dtype), stride, padding, dilation, groups, of=1))
+    x, dy, own, (O, C, K, _) = channels_last(x), channels_last(dy, x.dtype), kernels()[x.dtype], weight.shape
+    at, where, threads = Entry(*dw.stride()), (len(x), *x.shape[2:], C), torch.get_num_threads()
+    given = x.data_ptr(), dy.data_ptr(), dw.data_ptr(), ctypes.byref(at)
+    if algorithm == "winograd": own.winograd_gradient(*given, *where, O, threads)
+    else: own.direct_gradient(*given, *where, *dy.shape[2:], O, K, stride[0], padding[0], threads)
+    return dw
+
+
+def _conv_weight_fake(dy, x, weight, stride, padding, dilation, groups, algorithm):
+    return torch.empty_like(weight, dtype=torch.float32)
+
+
+_HOW = "int[2] stride, int[2] padding, int[2] dilation, int groups, str algorithm"
+_conv_input_gradient = operator(
+    f"conv2d_input_gradient(Tensor dy, Tensor weight, Tensor? packed, SymInt[2] size, {_HOW}) -> Tensor",
+    _conv_input_compute, _conv_input_fake)
+_conv_weight_gradient = operator(
+    f"conv2d_weight_gradient(Tensor dy, Tensor x, Tensor weight, {_HOW}) -> Tensor",
+    _conv_weight_compute, _conv_weight_fake)
+_conv = operator(
+    f"conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? packed, Tensor? packed_back, {_HOW}) -> Tensor",
+    _conv_compute, _conv_fake, formula(_conv_context, _conv_backward))
+
+
+def conv2d(x, weight, bias=None, packed=None, packed_back=None, stride=ONE, padding=(0, 0), dilation=ONE, groups=1,
+           algorithm="pytorch"):
+    """`F.conv2d` of x [N, C, H, W] on the CPU by one of `ALGORITHMS`, in the dtype of x, keeping x only where the weight
+    trains, whose gradient is float32. packed, packed_back: a frozen weight as `pack` gives it."""
+    return _conv(x, weight, bias, packed, packed_back, stride, padding, dilation, groups, algorithm)
+
+
+# A few trainable entries of a weight
+
+def _put(values, weight, index):
+    return weight.detach().flatten().scatter(0, index, values.to(weight.dtype)).view_as(weight)
+
+
+def sparse_conv2d_reference(x, values, weight, index, bias=None, stride=ONE, padding=(0, 0)):
+    """A convolution whose weight [O, C, K, K] has values [n] at index [n] of its flattened entries: these alone get a
+    gradient."""
+    return F.conv2d(x, _put(values, weight, index), bias, stride, padding)
+
+
+def sparse_linear_reference(x, values, weight, index, bias=None):
+    "The same of a linear layer: x [N, C], weight [O, C]."
+    return F.linear(x, _put(values, weight, index), bias)
+
+
+def _entries_compute(dy, x, index, kernel, stride, padding):
+    x, dy = channels_last(x), channels_last(dy, x.dtype)
+    out = x.new_empty(len(index), dtype=torch.float32)
+    sizes = len(x), *x.shape[2:], x.shape[1], *dy.shape[2:], dy.shape[1]
+    kernels()[x.dtype].entries(x.data_ptr(), dy.data_ptr(), index.data_ptr(), out.data_ptr(), len(index), *sizes,
+                               kernel, stride, padding, torch.get_num_threads())
+    return out
+
+
+def _entries_fake(dy, x, index, kernel, stride, padding): return x.new_empty(index.shape[0], dtype=torch.float32)
+
+
+_entries = operator(
+    "sparse_weight_gradient(Tensor dy, Tensor x, Tensor index, int kernel, int stride, int padding) -> Tensor",
+    _entries_compute, _entries_fake)
+
+
+def _sparse_conv_compute(x, values, weight, index, bias, stride, padding, algorithm, keep):
+    return _conv_compute(x, weight, bias, None, None, stride, padding, ONE, 1, algorithm, keep)
+
+
+def _sparse_conv_fake(x, values, weight, index, bias, stride, padding, algorithm, keep):
+    return _conv_fake(x, weight, bias, None, None, stride, padding, ONE, 1, algorithm, keep)
+
+
+def _sparse_context(ctx, inputs, output):
+    x, _, weight, index, _, *ctx.how = inputs
+    ctx.save_for_backward(x, weight, index)
+
+
+def _sparse_conv_backward(ctx, dy):
+    (x, weight, index), (stride, padding, algorithm), need_x = ctx.saved_tensors, ctx.how, ctx.needs_input_grad[0]
+    how = stride, padding, ONE, 1, algorithm
+    dx = _conv_input_gradient(dy, weight, None, x.shape[2:], *how) if need_x else None
+    return dx, _entries(dy, x, index, weight.shape[-1], stride[0], padding[0]), *(None,)*6
+
+
+_sparse_conv = operator(
+    "sparse_conv2d(Tensor x, Tensor values, Tensor weight, Tensor index, Tensor? bias, int[2] stride, int[2] padding, "
+    "str algorithm) -> Tensor", _sparse_conv_compute, _sparse_conv_fake, formula(_sparse_context, _sparse_conv_backward))
+
+
+def sparse_conv2d(x, values, weight, index, bias=None, stride=ONE, padding=(0, 0), algorithm="pytorch"):
+    "`sparse_conv2d_reference` on the CPU, of a weight that holds the values already, and a bias that does not train."
+    return _sparse_conv(x, values, weight, index, bias, stride, padding, algorithm)
+
+
+def _sparse_linear_compute(x, values, weight, index, bias, keep):
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _sparse_linear_fake(x, values, weight, index, bias, keep): return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _sparse_linear_backward(ctx, dy):
+    x, weight, index = ctx.saved_tensors
+    def image(t): return t.t()[None, :, None]   # of one row, a pixel for each input
+    dx = dy @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
+    return dx, _entries(image(dy), image(x), index, 1, 1, 0), None, None, None
+
+
+_sparse_linear = operator(
+    "sparse_linear(Tensor x, Tensor values, Tensor weight, Tensor index, Tensor? bias) -> Tensor",
+    _sparse_linear_compute, _sparse_linear_fake, formula(_sparse_context, _sparse_linear_backward))
+
+
+def sparse_linear(x, values, weight, index, bias=None):
+    "`sparse_linear_reference` on the CPU, of a weight that holds the values already, and a bias that does not train."
+    return _sparse_linear(x, values, weight, index, bias)
+
+
+# What the FLOP counter counts: as for PyTorch's own operators
+
+@count_flops("conv2d", "conv2d_forward")
+def _(x, weight, *_, out_shape=None, **__): return products(out_shape, weight)
+
+
+@count_flops("sparse_conv2d", "sparse_conv2d_forward", "sparse_linear", "sparse_linear_forward")
+def _(x, values, weight, *_, out_shape=None, **__): return products(out_shape, weight)
+
+
+@count_flops("conv2d_input_gradient")
+def _(dy, weight, *_, **__): return products(dy, weight)
+
+
+@count_flops("conv2d_weight_gradient")
+def _(dy, x, weight, *_, **__): return products(dy, weight)
+
+
+@count_flops("sparse_weight_gradient")
+def _(dy, x, index, *_, **__): return products(dy, (0, *index))//dy[1]

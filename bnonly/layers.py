@@ -1,0 +1,272 @@
+"""The layers of the networks: PyTorch's modules, which call the operators of `bnonly.ops` once they are prepared.
+
+As they are built they compute what their base classes compute. `prepare_layers` tells them in which dtype to compute, lets
+them call the operators where they are on a CPU and there are compiled kernels, and packs each frozen weight. From then
+on frozen weights must not change: whoever changes one prepares the network again. What an operator does not take
+(another dtype, device or layout) is left to its definition.
+
+The functions in front of the classes take tensors alone, and are one step of a trace by `torch.fx`.
+"""
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from . import ops
+from .faults import conv2d, pair
+from .native import kernels
+
+__all__ = ["BatchNormAct", "Chain", "Conv2d", "Linear", "MaxPool2d", "Stage", "has_sparse_weight", "norm_act", "prepare_layers"]
+
+
+def _cast(dtype, *tensors):
+    "Tensors of float32 or bfloat16 in the dtype in which a layer computes; others stay what they are."
+    return [t if t is None or dtype is None or t.dtype not in ops.DTYPES else t.to(dtype) for t in tensors]
+
+
+def _on_cpu(x, *parameters) -> bool:   # images and parameters of a layer
+    return x.dim() == 4 and x.numel() > 0 and all(t is None or t.device.type == "cpu" for t in (x, *parameters))
+
+
+@fx.wrap
+def convolution(x, weight, bias, stride, padding, dilation, groups, dtype=None, rival=None, packs=None):
+    "A convolution; rival: as `ops.rival` gives it, None for the definition; packs: as `Conv2d.pack` gives them."
+    if weight.dtype != torch.float32: dtype = None   # the module was moved to another
+    if packs and weight.requires_grad: packs.clear()   # it trains after all
+    (x,) = _cast(dtype, x)
+    if rival and dtype == x.dtype and _on_cpu(x, weight, bias) and x.shape[1] == weight.shape[1]*groups:
+        size = ops.output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+        shape, trains, geometry = weight.shape, weight.requires_grad, (stride, padding, dilation, groups)
+        how = ops.conv_algorithm(rival, shape, trains, *geometry, len(x), size)
+        if min(size) > 0 and (how != "pytorch" or not trains):
+            packed = (packs or {}).get(how, (None, None))
+            return ops.conv2d(x, packs["weight"] if packs else weight, bias, *packed, *geometry, how)
+    return conv2d(x, *_cast(dtype, weight, bias), stride, padding, dilation, groups)
+
+
+@fx.wrap
+def sparse_convolution(x, values, weight, index, bias, stride, padding, dtype, rival):
+    "A convolution of whose weight the values [n] at `index` train, and are in it already."
+    if weight.dtype != torch.float32: dtype = None
+    x, bias = _cast(dtype, x, bias)
+    if dtype != x.dtype or not _on_cpu(x, weight, bias):
+        return ops.sparse_conv2d_reference(x, values, *_cast(dtype, weight), index, bias, stride, padding)
+    size = ops.output_size(x.shape[2:], weight.shape[2:], stride, padding)
+    how = ops.conv_algorithm(rival, weight.shape, False, stride, padding, (1, 1), 1, len(x), size)
+    return ops.sparse_conv2d(x, values, weight, index, bias, stride, padding, how)
+
+
+@fx.wrap
+def sparse_linear(x, values, weight, index, bias, dtype):
+    "The same of a linear layer."
+    if weight.dtype != torch.float32: dtype = None
+    x, bias = _cast(dtype, x, bias)
+    fits = dtype == x.dtype and x.numel() > 0 and all(t is None or t.device.type == "cpu" for t in (x, weight, bias))
+    if not fits: return ops.sparse_linear_reference(x, values, *_cast(dtype, weight), index, bias)
+    return ops.sparse_linear(x.reshape(-1, x.shape[-1]), values, weight, index, bias).view(*x.shape[:-1], -1)
+
+
+@fx.wrap
+def linear(x, weight, bias, dtype=None):
+    "A linear layer."
+    if weight.dtype != torch.float32: dtype = None
+    return F.linear(*_cast(dtype, x, weight, bias))
+
+
+@fx.wrap
+def batch_norm_act(x, residual, weight, bias, running_mean, running_var, count, training, tracks, momentum, eps, relu,
+                   fused=False):
+    """relu(batch_norm(x) + residual) as `nn.BatchNorm2d` does it: in training with the statistics of the batch, which the
+    running ones follow."""
+    if x.dim() != 4: raise ValueError(f"expected 4D input (got {x.dim()}D input)")
+    follow = training and tracks and count is not None
+    if follow: count.add_(1)
+    factor = momentum if momentum is not None else 1/float(count) if follow else 0.
+    running = (running_mean, running_var) if tracks or not training else (None, None)
+    compute = ops.batch_norm_act if fused and momentum is not None else ops.batch_norm_act_reference
+    return compute(x, residual, weight, bias, *running, training or running_mean is None, factor, eps, relu)
+
+
+@fx.wrap
+def max_pool(x, kernel, stride, padding, dilation, ceil_mode):
+    "Max-pooling that keeps the places of the maxima."
+    if not _on_cpu(x) or x.dtype not in ops.DTYPES: return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+    return ops.max_pool2d(x, *map(pair, (kernel, stride, padding, dilation)), ceil_mode)
+
+
+@fx.wrap
+def basic_blocks(x, affine, weights, running, counts, momenta, eps, packs, dtype, rival):
+    "Residual blocks of two convolutions [C, C, 3, 3], each with BatchNorm and ReLU, in training: in one operator if it can."
+    same = ((1, 1),)*3
+    def fast(w): return ops.conv_algorithm(rival, w.shape, w.requires_grad, *same, 1, len(x), x.shape[2:]) == "winograd"
+    def ours(t): return t.device.type == "cpu" and t.dtype == torch.float32
+    if (x.dtype == dtype and _on_cpu(x) and x.stride(1) == 1 and x.numel() > x.shape[1]
+            and all(ours(t) and t.is_contiguous() and t.shape == x.shape[1:2] for t in (*affine, *running))
+            and all(ours(w) and w.shape[:2] == (x.shape[1],)*2 and fast(w) for w in weights)):
+        for count in counts: count.add_(1)
+        frozen = all(packs) and not any(w.requires_grad for w in weights)
+        packed = [p["winograd"][back] for back in (0, 1) for p in packs] if frozen else ()
+        return ops.basic_blocks(x, affine, weights, running, momenta, eps, packed)
+    for i in range(0, len(weights), 2):
+        y = x
+        for k,residual in ((i, None), (i + 1, x)):
+            z, own = convolution(y, weights[k], None, *same, 1, dtype, rival, packs[k]), slice(2*k, 2*k + 2)
+            how = True, True, momenta[k], eps[k], True, True
+            y = batch_norm_act(z, residual, *affine[own], *running[own], counts[k], *how)
+        x = y
+    return x
+
+
+class Prepared:
+    "What `prepare_layers` tells a layer."
+    compute_dtype = None   # in which it computes; None: in that of its input
+    rival = None           # as `ops.rival` gives it; None: the operators are not used
+
+    def prepare(self, dtype, rival): self.compute_dtype, self.rival = dtype, rival
+
+
+class BatchNormAct(Prepared, nn.BatchNorm2d):
+    "BatchNorm, plus a residual where there is one, then ReLU."
+    activates = True
+
+    def __init__(self,
+                 channels:int,      # features to normalize
+                 relu:bool=True     # False on shortcuts, whose sum with the branch is activated later
+                ):
+        super().__init__(channels)
+        self.relu = relu
+
+    def forward(self,
+                x,              # [N, channels, H, W]
+                residual=None   # of the same shape
+               ):               # [N, channels, H, W]
+        return batch_norm_act(x, residual, self.weight, self.bias, self.running_mean, self.running_var,
+                              self.num_batches_tracked, self.training, self.track_running_stats, self.momentum, self.eps,
+                              self.relu, self.rival is not None)
+
+
+def norm_act(norm, x, residual=None):
+    """relu(norm(x) + residual). `BatchNormAct` and the other layers with `activates` do it themselves; another
+    normalization that was put in their place (SyncBatchNorm, GroupNorm) does not, and loses nothing by it."""
+    if getattr(norm, "activates", isinstance(norm, nn.ReLU)): return norm(x) if residual is None else norm(x, residual)
+    y = norm(x)
+    return F.relu(y if residual is None else y + residual)
+
+
+class Chain(nn.Sequential):
+    "Convolutions, poolings, stages and normalizations one after the other, each normalization with its ReLU."
+    def forward(self, x):
+        for m in self: x = m(x) if isinstance(m, (nn.Conv2d, nn.MaxPool2d, nn.Sequential)) else norm_act(m, x)
+        return x
+
+
+def has_sparse_weight(m) -> bool:
+    "Whether a few entries of a layer's weight train (03_policies), and the operators know its geometry."
+    if not parametrize.is_parametrized(m, "weight"): return False
+    if not all(hasattr(m.parametrizations.weight[0], n) for n in ("base", "index")): return False
+    if m.bias is not None and m.bias.requires_grad: return False
+    if isinstance(m, nn.Linear): return True
+    square = all(isinstance(o, tuple) and len({*o}) == 1 for o in (m.stride, m.padding, m.kernel_size))
+    return isinstance(m, nn.Conv2d) and m.padding_mode == "zeros" and m.groups == 1 and m.dilation == (1, 1) and square
+
+
+def _entries(m) -> tuple:   # the values that train, the whole weight, index [n] of the values in it
+    entries, values = m.parametrizations.weight[0], m.parametrizations.weight.original
+    return values, entries(values.detach()), entries.index
+
+
+class Conv2d(Prepared, nn.Conv2d):
+    "PyTorch's convolution, computed around the faults of its gradients on a CPU (`bnonly.faults`)."
+    packs = None   # of a frozen weight, by `pack`
+
+    def prepare(self, dtype, rival):
+        super().prepare(dtype, rival)
+        frozen = rival is not None and not parametrize.is_parametrized(self) and not self.weight.requires_grad
+        self.packs = self.pack() if frozen and not isinstance(self.padding, str) else None
+
+    def pack(self) -> dict:
+        "The frozen weight in the dtype in which it computes, and for each kernel that may be chosen, forward and backward."
+        weight = self.weight.detach().to(self.compute_dtype)
+        best = ops.conv_algorithm(self.rival, weight.shape, False, self.stride, self.padding, self.dilation, self.groups)
+        algorithms = [] if best == "pytorch" else [best]
+        if best == "winograd" and self.rival == "none": algorithms.append("direct")   # of small images
+        def pack(algorithm, back): return ops.pack(weight, algorithm, back, self.stride[0], self.padding[0])
+        back = weight.shape[1] % 16 == 0
+        return dict(weight=weight) | {a: (pack(a, False), pack(a, True) if back else None) for a in algorithms}
+
+    def forward(self,
+                x   # [N, in_channels, H, W]
+               ):   # [N, out_channels, H', W']
+        if self.rival and has_sparse_weight(self):
+            return sparse_convolution(x, *_entries(self), self.bias, self.stride, self.padding, self.compute_dtype,
+                                      self.rival)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str): return super().forward(x)
+        return convolution(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
+                           self.compute_dtype, self.rival, self.packs)
+
+
+class Linear(Prepared, nn.Linear):
+    "PyTorch's linear layer."
+    def forward(self, x):
+        if self.rival and has_sparse_weight(self): return sparse_linear(x, *_entries(self), self.bias, self.compute_dtype)
+        return linear(x, self.weight, self.bias, self.compute_dtype)
+
+
+class MaxPool2d(Prepared, nn.MaxPool2d):
+    "PyTorch's max-pooling."
+    def forward(self, x):
+        if self.rival is None or self.return_indices: return super().forward(x)
+        return max_pool(x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+
+
+def _plain(m, kind) -> bool:
+    "Whether a module is what its class says: nobody asks for what goes in or out of it, or computes something else."
+    hooks = m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks   # there is no public way
+    return type(m) is kind and "forward" not in vars(m) and not any(hooks)
+
+
+class Stage(Prepared, nn.Sequential):
+    """Residual blocks one after the other. In training, those that have `pairs` of a convolution and a BatchNorm are one step
+    each time they follow each other, unless hooks ask for what is in between; hooks for all modules do not see into it."""
+    def forward(self, x):
+        if self.rival is None or not self.training: return super().forward(x)
+        row, row_trains = [], None   # pairs that go in one step, and whether any trains: those that do not keep nothing
+        for block in self:
+            fusible, trains = self.fusible(block), any(p.requires_grad for p in block.parameters())
+            if row and not (fusible and trains == row_trains): x, row = self.in_one_step(x, row), []
+            if fusible: row, row_trains = [*row, *block.pairs()], trains
+            else: x = block(x)
+        return self.in_one_step(x, row) if row else x
+
+    @staticmethod
+    def fusible(block) -> bool:
+        "Whether a block may be computed without its modules."
+        def same(c): return (_plain(c, Conv2d) and c.kernel_size == (3, 3) and c.stride == c.padding == c.dilation == (1, 1)
+                             and c.groups == 1 and c.bias is None and c.padding_mode == "zeros")
+        def usual(n): return (_plain(n, BatchNormAct) and n.training and n.relu and n.affine and n.track_running_stats
+                              and n.momentum is not None)
+        pairs = block.pairs() if hasattr(block, "pairs") else ()
+        plain = bool(pairs) and _plain(block, type(block)) and _plain(block.downsample, nn.Identity)
+        return plain and all(same(c) and usual(n) for c,n in pairs)
+
+    def in_one_step(self, x, pairs):
+        convs, norms = zip(*pairs)
+        affine = [p for n in norms for p in (n.weight, n.bias)]
+        running = [b for n in norms for b in (n.running_mean, n.running_var)]
+        return basic_blocks(x, affine, [c.weight for c in convs], running, [n.num_batches_tracked for n in norms],
+                            [n.momentum for n in norms], [n.eps for n in norms], [c.packs for c in convs],
+                            self.compute_dtype, self.rival)
+
+
+def prepare_layers(model:nn.Module,      # frozen by its policy, on its device
+                   dtype:torch.dtype,    # of the convolutions and of what is between the layers
+                   kinds:tuple=(Prepared,)   # of layers
+                  ) -> nn.Module:        # the same model
+    """Let the layers compute in `dtype`, by the operators where there are kernels for the device. Frozen weights are packed
+    here, and must stay as they are from then on."""
+    fused = kernels() is not None and dtype in ops.DTYPES
+    for m in model.modules():
+        if not isinstance(m, kinds): continue
+        on_cpu = all(p.device.type == "cpu" for p in m.parameters())
+        m.prepare(dtype, ops.rival(dtype) if fused and on_cpu else None)
+    return model

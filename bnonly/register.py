@@ -1,0 +1,81 @@
+"""How an operator is made known to PyTorch: `torch.library`, with a formula for its gradient."""
+import math
+from functools import partial
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ["OPERATORS", "operator", "formula", "count_flops"]
+
+OPERATORS = {}   # name to the operator, as torch.ops.bnonly has it; some are parts of others
+
+lib = torch.library.Library("bnonly", "DEF")
+
+
+def operator(schema:str, compute, fake, autograd=None):
+    """Define and register an operator: `compute` runs on CPU tensors, `fake` on tensors without numbers. With `autograd`,
+    as `formula` makes it, both have a last argument `keep`: whether a backward pass follows.
+
+    `torch.library.register_autograd` would do the same, in more time: it costs 25 microseconds more at each call, and 150
+    where there are lists of tensors, together three percent of a step of ResNet-14.
+    """
+    def define(name, signature, compute, fake):
+        lib.define(f"{name}({signature}")
+        lib.impl(name, compute, "CPU")
+        torch.library.register_fake(f"bnonly::{name}", fake, lib=lib)
+        OPERATORS[name] = op = getattr(torch.ops.bnonly, name).default
+        return op
+    name, _, signature = schema.partition("(")
+    if autograd is None: return define(name, signature, compute, fake)
+    below = define(f"{name}_forward", signature.replace(") ->", ", bool keep) ->"), compute, fake)
+    op = define(name, signature, partial(compute, keep=False), partial(fake, keep=False))
+    lib.impl(name, autograd(below), "Autograd")
+    return op
+
+
+def formula(setup_context, backward):
+    "For `operator`: what `setup_context(ctx, inputs, output)` keeps, `backward(ctx, *gradients)` uses."
+    def autograd(op):
+        class Operator(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *inputs):
+                output = op(*inputs, True)
+                setup_context(ctx, inputs, output)
+                return output
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx, *gradients): return backward(ctx, *gradients)
+        return lambda *inputs: Operator.apply(*inputs) if recorded(inputs) else op(*inputs, False)
+    return autograd
+
+
+def recorded(inputs) -> bool:
+    "Whether autograd will ask for the gradient of one of these."
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
+
+
+def count_flops(*names):
+    "What the FLOP counter counts for operators: a function of the shapes of their arguments."
+    return register_flop_formula([getattr(torch.ops.bnonly, n) for n in names])
+
+
+def products(dy, weight) -> int:
+    "Products and sums of a convolution or linear layer, by the shapes of its outputs and its weight."
+    return 2*math.prod(dy)*math.prod(weight[1:])
+
+
+# What operators share
+
+def ptr(t): return None if t is None else t.data_ptr()
+def wanted(t, needed): return t if needed else None
+
+
+def channels_last(t, dtype=None):
+    "A tensor as the kernels read it, in `dtype` or its own."
+    return t.to(dtype or t.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def empty(like, *shape):
+    "A tensor of this shape, channels last, with the dtype and device of another."
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
