@@ -106,7 +106,7 @@ def extract(spec:Spec, study:str="scratch",
     "What there is to take out of a trained network."
     from bnonly.data import loaders
     from bnonly.norms import ZeroCounter, affine_table
-    from bnonly.train import default_device
+    from bnonly.machine import default_device
     device = default_device() if data else "cpu"
     model = restore(spec, study, device)
     found = affine_table(model)

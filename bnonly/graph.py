@@ -26,7 +26,7 @@ class Numbers:
         b = self.batches
         order, corner, mirror = (o.to(b.device) for o in draws(len(b.images), b.pad, b.flip, b.seed, b.epoch))
         b.epoch += 1
-        for i in order.split(b.batch_size): yield i, corner[i], mirror[i]
+        for i in b.cut(order): yield i, corner[i], mirror[i]
 
 def images(b:Batches, i, corner, mirror) -> tuple:   # a batch, as b yields it
     "The images that some numbers stand for."

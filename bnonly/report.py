@@ -391,13 +391,10 @@ def report(study:str,      # a section of settings.ini
 def train_command(spec:Spec, study:str):
     "Train one run."
     from bnonly.features import analyse
-    from bnonly.sweep import Line
     from bnonly.train import fit, rank_distrib
-    line = Line(10)
-    record = fit(spec, study, say=line)
+    record = fit(spec, study)
     if rank_distrib(): return   # of several processes that train one network, the first does the rest
     if record["status"] == "complete": analyse(spec, study)
-    line(f"{spec.key}: {record['status']}, test accuracy {record['final']['accuracy']:.2f}%", end=True)
 
 def study_command(study:str, workers:int=0, only:str="", retry_failed:bool=False, dry_run:bool=False,
                   engine:str="processes", gpus_per_run:float=0):
