@@ -19,7 +19,7 @@ class Loader:
 
     A subclass has `images`, `data` (None once it was emptied for `export`), `batch_size`, `train`, `share`, `affine`,
     `device` and `epoch`, and yields (x float32 [B, C, H, W], y int64 [B])."""
-    n_inp, drop_last = 1, False
+    drop_last = False
     join = False   # whether a last batch of a single image joins the one before it
 
     def __len__(self):
