@@ -28,10 +28,14 @@ from .data import describe, load_data, loaders, split
 from .experiment import Spec, parse_arch, parse_policy, root, run_dir, runs_dir, write
 from . import ops
 from .layers import BatchNormAct, Conv2d, Linear, MaxPool2d, Stage, has_sparse_weight, prepare_layers
+from .logs import quiet
+from .machine import default_device, machine
 from .models import create_model
 from .native import keep_memory, kernels, pytorch_features
 from .policies import freeze, trainable
-from .train import Callback, CancelFitException, CancelValidException, Learner, default_device, default_dtype, fit, fit_many, learner, machine, prepare
+from .train import default_dtype, fit, fit_many, learner, prepare
+from fastai.callback.core import Callback, CancelFitException, CancelValidException
+from fastai.learner import Learner
 
 # %% ../nbs/05_bench.ipynb #a1893322
 def noise(n:int=5_000) -> tuple:   # uint8 [n, 32, 32, 3], int64 [n]
@@ -57,7 +61,8 @@ class Clock(Callback):
 def ours(arch, policy, x, y):
     "`learner`, as `fit` uses it."
     clock = Clock()
-    return _timed(learner(Spec(arch=arch, policy=policy, data="cifar10"), as_data(x, y), [clock]), clock)
+    with quiet(): learn = learner(Spec(arch=arch, policy=policy, data="cifar10"), as_data(x, y), [clock])
+    return _timed(learn, clock)
 
 def as_data(x, y):
     "The images as `load_data` would give them."
@@ -67,7 +72,7 @@ def as_data(x, y):
 def _timed(learn, clock):
     def steps(n):
         clock.start(n)
-        with learn.no_bar(), learn.no_logging(): learn.fit(10**6)
+        with learn.no_logging(): learn.fit(10**6)
         return clock.ends
     return steps
 

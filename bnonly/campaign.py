@@ -17,8 +17,9 @@ import torch
 from .data import load_data
 from .experiment import Spec, preset, run_dir, runs_dir, write
 from .features import analyse
+from .machine import default_device, machine
 from .sweep import Line, select, state, sweep
-from .train import Callback, CancelFitException, default_device, default_dtype, learner, machine
+from .train import Callback, CancelFitException, default_dtype, learner
 
 # %% ../nbs/07_campaign.ipynb #43d155f4
 DEPTHS = "arch=resnet14,resnet32,resnet56,resnet110"

@@ -36,16 +36,13 @@ def train(study: str = "scratch",   # the folder under runs/ that keeps the reco
     "Train one run."
     import torch
     from .features import analyse
-    from .sweep import Line
-    from .train import fit, rank_distrib
-    spec, line = Spec(**fields), Line(10)
-    record = fit(spec, study, device=usable(device) if device else None, say=line,
+    from .distributed import own_share
+    from .train import fit
+    spec = Spec(**fields)
+    record = fit(spec, study, device=usable(device) if device else None,
                  dtype=getattr(torch, choose("dtype", dtype, DTYPES)) if dtype else None)
-    if rank_distrib():   # of several processes that train one network, the first does the rest
-        return
-    if record["status"] == "complete":
+    if not own_share()[0] and record["status"] == "complete":   # of several processes, the first does the rest
         analyse(spec, study)
-    line(f"{spec.key}: {record['status']}, test accuracy {record['final']['accuracy']:.2f}%", end=True)
 
 
 def usable(name: str):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # %% ../nbs/00_experiment.ipynb #910b6f8e
+import numpy as np
 import pandas as pd
 
 from .checked import lacking, odd_record, read_json, read_metrics
@@ -147,9 +148,18 @@ class Spec:
         check_spec(self)
 
 # %% ../nbs/00_experiment.ipynb #edd0cbe3
+def _plain(value):
+    "A scalar of NumPy or PyTorch as Python's; a float as it is written, so that float32's 0.1 is 0.1."
+    if hasattr(value, "detach"): value = value.detach().cpu().double() if "bfloat16" in str(value.dtype) else value.detach().cpu()
+    if not hasattr(value, "dtype"): return value
+    value = np.asarray(value)
+    if value.ndim: raise ValueError
+    return float(str(value)) if value.dtype.kind == "f" else value.item()
+
 def _as(field, value):
     "`value` in the type of a field of `Spec`, or a `ValueError`."
     try:
+        value = _plain(value)
         if isinstance(value, bool): raise ValueError
         if field.type is int and not isinstance(value, str) and int(value) != value: raise ValueError
         return field.type(value) or field.type()   # -0.0 is 0.0

@@ -108,7 +108,7 @@ def extract(spec:Spec, study:str="scratch",
     import torch
     from bnonly.data import loaders
     from bnonly.norms import ZeroCounter, affine_table
-    from bnonly.train import default_device
+    from bnonly.machine import default_device
     device = default_device() if data else "cpu"
     model = restore(spec, study, device, torch.float32)   # rounding moves more images than small gammas do
     found = affine_table(model)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from .experiment import choose
+from .logs import logger
 
 __all__ = ["CSRC", "MARCHES", "Direct", "Entry", "Kernels", "Layer", "Norm", "build", "keep_memory", "kernels", "load", "march", "processor",
            "pytorch_convolves_bfloat16", "pytorch_features"]
@@ -45,6 +46,7 @@ def build(compiler:str, flags:tuple=()) -> Path:
     library = folder/f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if library.exists(): return library
     folder.mkdir(parents=True, exist_ok=True)
+    logger.info("compiling the kernels for this processor, once")
     with tempfile.TemporaryDirectory(dir=folder) as tmp:   # renamed when whole, so that two may build at once
         out = Path(tmp)/"kernels.so"
         command = [*shlex.split(compiler), *flags, str(CSRC/"kernels.cpp"), "-o", str(out)]

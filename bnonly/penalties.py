@@ -50,7 +50,7 @@ class Embedding(Hooked):
 
     @torch.no_grad()
     def after_pred(self):
-        if self.training: return
+        if self.training or not self.yb: return
         e, layer = self.features.float(), output_layer(self.model)
         half = e * mask(e.shape, .5, self.seed, "test dropout", self.iter).to(e.device)
         hits = F.linear(half, layer.weight, layer.bias).argmax(1) == self.y

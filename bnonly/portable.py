@@ -20,11 +20,12 @@ from torch import nn
 
 # %% ../nbs/13_portable.ipynb #21c428b7
 from . import __version__
+from .checkpoint import digest
 from .experiment import BN_INITS, INITS, Spec, choose, parse_arch, parse_policy, write
 from .features import restore
 from .models import build, create_model, roles
 from .policies import freeze, load_moved, moved, moving_roles
-from .train import digest, prepare
+from .train import prepare
 
 # %% ../nbs/13_portable.ipynb #d645f5ba
 @lru_cache(16)

@@ -136,7 +136,7 @@ def robustness(spec:Spec,              # of a complete run
     import torch
     from bnonly.data import CORRUPTIONS, SEVERITIES, load_data, loaders
     from bnonly.features import restore
-    from bnonly.train import default_device
+    from bnonly.machine import default_device
     model = restore(spec, study, default_device())
     data = data or load_data("cifar10-c")
     with torch.no_grad(): hits = torch.cat([model(x).argmax(1) == y for x,y in loaders(data, 1000, device=default_device())[1]])

@@ -27,6 +27,7 @@ from fastcore.basics import patch
 from .checked import read_json
 from .experiment import (BrokenRecord, Spec, choose, load_record, parse_arch, preset, results, root, run_dir, runs_dir,
                                write)
+from .logs import quiet
 from .runlock import LostLock, RunLock, locked, tidy
 from .workers import WorkerDied, in_processes, own_cores
 
@@ -150,8 +151,9 @@ def execute(spec:Spec, study:str, threads:int=1) -> dict:   # the executed noteb
     "Train a run by executing 04_train, with a number of threads."
     import torch
     torch.set_num_threads(threads)
-    executed = papermill().execute_notebook(root()/"nbs/04_train.ipynb", None, dict(study=study, **asdict(spec)), engine_name="here",
-                                            kernel_name="python3", progress_bar=False)
+    with quiet():   # the sweep says how far it is
+        executed = papermill().execute_notebook(root()/"nbs/04_train.ipynb", None, dict(study=study, **asdict(spec)), engine_name="here",
+                                                kernel_name="python3", progress_bar=False)
     executed.metadata.papermill.input_path = "nbs/04_train.ipynb"   # wherever the project lies
     return executed
 

@@ -13,7 +13,8 @@ os.environ["OMP_NUM_THREADS"] = "1"   # a forked process must not inherit thread
 import torch
 from bnonly.experiment import Spec, load_record, run_dir, write
 from bnonly.sweep import kept, papermill, train_one
-from bnonly.train import learner, machine
+from bnonly.machine import machine
+from bnonly.train import learner
 
 SPEC = Spec(arch="resnet8", epochs=6)
 

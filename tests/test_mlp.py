@@ -99,7 +99,7 @@ def test_a_stopped_run_ends_at_the_same_epoch_bit_for_bit():
 def test_a_run_cut_off_after_its_last_epoch_trains_no_further():
     "The checkpoint is written before early stopping decides."
     class Cut(Callback):
-        order = 62   # between the journal and early stopping
+        order = 62   # between the Checkpointer and early stopping
         def after_epoch(self):
             if self.epoch + 1 == epochs: raise KeyboardInterrupt
     epochs = fit(RUN, "whole")["final"]["epoch"]

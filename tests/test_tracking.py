@@ -3,7 +3,10 @@ import sys
 
 import pytest
 from bnonly.experiment import Spec, run_dir
-from bnonly.train import fit, trackers
+from bnonly.trackers import trackers
+from bnonly.train import fit
+from fastai.callback.core import Callback
+from test_train import Stop
 
 SPEC = Spec(arch="resnet8", epochs=2)
 
@@ -13,7 +16,7 @@ def unwatched(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setenv("BNONLY_RUNS", str(tmp_path_factory.mktemp("runs")))
         m.delenv("BNONLY_TRACK", raising=False)
-        assert trackers(SPEC, run_dir(SPEC)) == []
+        with trackers(SPEC, run_dir(SPEC)) as found: assert found == []
         record = fit(SPEC)
         assert sorted(f.name for f in run_dir(SPEC).iterdir()) == ["metrics.csv", "moved.safetensors", "record.json", "trajectory.safetensors"]
         return record
@@ -35,6 +38,48 @@ def test_tensorboard(unwatched, monkeypatch):
     assert len(told) == 2 and told[-1] == pytest.approx(record["final"]["accuracy"], abs=1e-3)
 
 
+def test_tensorboards_curves_go_on(monkeypatch):
+    "Cut off in the middle of an epoch: no step is missing and none is there twice."
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install 'bnonly[tensorboard]'")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    monkeypatch.setenv("BNONLY_TRACK", "tensorboard")
+
+    class Cut(Callback):
+        def after_batch(self):
+            if self.training and self.epoch == 1 and self.iter == 5: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(SPEC, cbs=Cut)
+    fit(SPEC)
+    found = {}
+    for file in run_dir(SPEC).glob("tensorboard/events*"):
+        for e in EventFileLoader(str(file)).Load():
+            for v in e.summary.value: found.setdefault(v.tag, []).append(e.step)
+    assert sorted(found["train_loss"]) == [*range(1, 25)] and sorted(found["accuracy"]) == sorted(found["lr_0"]) == [12, 24]
+
+
+def test_a_run_of_wandb_goes_on_under_its_id_and_group(monkeypatch):
+    pytest.importorskip("wandb", reason="W&B is not installed: pip install 'bnonly[wandb]'")
+    import wandb
+    for name, value in dict(BNONLY_TRACK="wandb", WANDB_MODE="offline", WANDB_SILENT="true", WANDB_ERROR_REPORTING="false").items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(wandb, "init", lambda real=wandb.init, **how: asked.append(how) or real(**how))
+    with pytest.raises(KeyboardInterrupt): fit(SPEC, "mine", cbs=Stop(1))
+    fit(SPEC, "mine")
+    assert asked[0]["id"] == asked[1]["id"] and {a["group"] for a in asked} == {"mine"} and wandb.run is None
+    fit(SPEC, "other")
+    assert asked[2]["id"] != asked[0]["id"] and asked[2]["group"] == "other"
+
+
+def test_wandb_without_a_key_is_answered_before_anything_is_read(monkeypatch, tmp_path):
+    pytest.importorskip("wandb", reason="W&B is not installed: pip install 'bnonly[wandb]'")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"): monkeypatch.delenv(name, raising=False)
+    for name, value in dict(BNONLY_TRACK="wandb", HOME=str(tmp_path), WANDB_SILENT="true", WANDB_ERROR_REPORTING="false").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("bnonly.train.load_data", None)
+    with pytest.raises(ValueError, match="cannot start a run .*; run wandb login or set WANDB_API_KEY, or set WANDB_MODE=offline"):
+        fit(SPEC)
+
+
 def test_wandb_offline(unwatched, monkeypatch):
     pytest.importorskip("wandb", reason="W&B is not installed: pip install 'bnonly[wandb]'")
     for name, value in dict(BNONLY_TRACK="wandb", WANDB_MODE="offline", WANDB_SILENT="true", WANDB_ERROR_REPORTING="false").items():
@@ -51,8 +96,8 @@ def test_wandb_offline(unwatched, monkeypatch):
 def test_a_tracker_that_is_none_or_not_installed_is_answered_by_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("BNONLY_TRACK", "tensorbord")
     with pytest.raises(ValueError, match="the nearest is 'tensorboard'"):
-        trackers(SPEC, tmp_path)
+        trackers(SPEC, tmp_path).__enter__()
     monkeypatch.setenv("BNONLY_TRACK", "wandb")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"needs wandb, which is not installed; pip install 'bnonly\[wandb\]'"):
-        trackers(SPEC, tmp_path)
+        trackers(SPEC, tmp_path).__enter__()

@@ -1,6 +1,7 @@
 "One run, from every door a user can come through."
 import copy
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from bnonly import native, train
+from bnonly import checkpoint, native
+from bnonly.checkpoint import read_state, save_state
 from bnonly.data import describe, load_data, loaders
 from bnonly.experiment import BrokenRecord, Spec, load_record, results, run_dir
 from bnonly.features import restore
@@ -21,8 +23,10 @@ from bnonly.native import kernels
 from bnonly.models import Conv2d, FixupConv
 from bnonly.norms import affine_table, zero_rates
 from bnonly.policies import RandomEntries
-from bnonly.train import Run, bfloat16_pays, fit, learner, prepare, read_state, save_state, trajectory
+from bnonly.train import bf16_is_faster, fit, learner, prepare
+from bnonly.trajectory import trajectory
 from fastai.callback.core import Callback
+from fastai.learner import Learner
 
 ROOT = Path(__file__).parents[1]
 TINY = Spec(arch="resnet8", epochs=2)
@@ -119,9 +123,8 @@ def test_a_record_tells_of_all_parts_of_its_run(monkeypatch):
 
 def test_a_checkpoint_that_tells_less_is_gone_on_from(monkeypatch):
     "As older versions wrote it: no digest of the images, no dtype, no callbacks."
-    from bnonly import native, train
     with monkeypatch.context() as m:
-        m.setattr(train, "save_state", lambda learn, path, rows, **part: save_state(learn, path, rows))
+        m.setattr(checkpoint, "save_state", lambda learn, path, rows, **part: save_state(learn, path, rows))
         with pytest.raises(KeyboardInterrupt):
             fit(TINY, "old", cbs=[Stop(1)])
     assert set(read_state(run_dir(TINY, "old") / "checkpoint.safetensors")[0]) == {"rows", "random"}
@@ -139,10 +142,10 @@ def test_a_record_that_was_cut_off_is_refused_and_kept():
 
 def test_what_is_kept_of_each_step_is_no_tensor():
     "Thousands of them, between freed activations, would make memory grow with every epoch."
-    learn = learner(Spec(arch="mlp2-10", norm="none", policy="all"), device="cpu")
-    learn.fit(2)
-    losses = learn.recorder.losses
-    assert len(losses) == 2*12 and not any(torch.is_tensor(l) for l in losses) and losses[-1].item() < losses[0].item()
+    class Keep(Callback):
+        def after_fit(self): Keep.losses = self.recorder.losses
+    fit(Spec(arch="mlp2-10", norm="none", policy="all", epochs=2), cbs=Keep, device="cpu")
+    assert len(Keep.losses) == 2*12 and all(type(l) is float for l in Keep.losses) and Keep.losses[-1] < Keep.losses[0]
 
 
 def _one_pixel_layers():
@@ -177,24 +180,13 @@ def test_an_image_of_one_pixel_leaves_no_gradient_unwritten(layer, kernels_, mon
 
 def test_a_run_that_ends_with_nan_in_its_weights_is_not_complete():
     class Spoil(Callback):
-        order = 70
-        def after_fit(self): self.learn.model.get_parameter("fc.bias").data[0] = float("nan")
+        def after_epoch(self): self.learn.model.get_parameter("fc.bias").data[0] = float("nan")
     assert fit(Spec(arch="resnet8", policy="all", epochs=1), cbs=[Spoil()], device="cpu")["status"] == "diverged"
 
 
 def test_divergence_is_a_result():
     record = fit(replace(TINY, lr=1000., policy="all"))
     assert record["status"] == "diverged" and results().status.tolist() == ["diverged"]
-
-
-def test_the_smoothed_loss_is_fastais():
-    from types import SimpleNamespace
-    from bnonly.train import SmoothLoss
-    from fastai.learner import AvgSmoothLoss
-    both = SmoothLoss(), AvgSmoothLoss()
-    for loss in (2., 1., .5):
-        for m in both: m.accumulate(SimpleNamespace(loss=torch.tensor(loss)))
-        assert both[0].value == both[1].value
 
 
 def test_the_learning_rate_of_every_step_is_the_papers():
@@ -276,7 +268,7 @@ def test_a_trained_network_is_let_go():
     gc.disable()
     try:
         fit(TINY)
-        assert not [o for o in gc.get_objects() if isinstance(o, Run)]
+        assert not [o for o in gc.get_objects() if isinstance(o, Learner)]
     finally: gc.enable()
 
 
@@ -286,18 +278,18 @@ def test_a_trained_network_is_let_go():
     ("none", False, "resnet14", True), ("none", False, "vgg16", True), ("none", False, "wrn8-0.125", False),
     ("none", False, "efficientnet-b0", False), ("none", False, "resnet50", False), ("none", True, "resnet50", True),
     ("none", None, "resnet14", False), ("direct", None, "resnet14", True)])
-def test_where_bfloat16_pays(pytorch, float16, arch, answer, monkeypatch):
+def test_where_bf16_is_faster(pytorch, float16, arch, answer, monkeypatch):
     "By who convolves bfloat16 faster, and whether the kernels multiply in float16 (None: there are no kernels)."
     monkeypatch.setattr("bnonly.train.pytorch_convolves_bfloat16", lambda: pytorch)
     monkeypatch.setattr("bnonly.train.kernels", lambda: None if float16 is None else {torch.bfloat16: SimpleNamespace(float16=float16)})
-    assert bfloat16_pays(arch) is answer
+    assert bf16_is_faster(arch) is answer
 
 
 def test_fixup_has_no_bfloat16_where_pytorch_is_slow_in_it(monkeypatch):
     "Its convolutions are PyTorch's, which without AVX-512 multiplies bfloat16 in a plain loop."
     for pytorch, answer in (("none", False), ("direct", True), ("all", True)):
         monkeypatch.setattr("bnonly.train.pytorch_convolves_bfloat16", lambda: pytorch)
-        assert bfloat16_pays("wrn10-1", "fixup") is answer
+        assert bf16_is_faster("wrn10-1", "fixup") is answer
 
 
 @pytest.mark.parametrize("cap, features", [("AVX2", set()), ("AVX512_CORE", set()), ("avx512_core_bf16", {"avx512_bf16"}), ("", {"avx512_bf16", "amx_bf16"})])
@@ -312,7 +304,7 @@ def test_a_run_that_a_callback_ends_early_has_no_record():
     from fastai.callback.core import CancelFitException
 
     class Early(Callback):
-        order = 70   # after the journal has written the epoch
+        order = 70   # after the Checkpointer has written the epoch
         def after_epoch(self): raise CancelFitException
     with pytest.raises(RuntimeError, match="ended after 1 of 2 epochs"):
         fit(TINY, cbs=[Early()])
@@ -325,7 +317,7 @@ def test_a_record_that_appears_while_one_trains_is_left_alone():
         order = 70
         def after_epoch(self):
             if self.epoch == 0: (run_dir(TINY) / "record.json").write_text("sealed by another")
-    with pytest.raises(RuntimeError, match="finished by another process"):
+    with pytest.raises(BrokenRecord, match="not as it was sealed"):   # what stands there is told, not what was trained beside it
         fit(TINY, cbs=[Other()])
     assert (run_dir(TINY) / "record.json").read_text() == "sealed by another"
 
@@ -341,12 +333,15 @@ def test_two_who_fit_one_run_train_it_once():
             trained.append(self.epoch)
             begun.set()
             assert told.wait(60)
-    waits = lambda line: told.set() if "is being trained by process" in line else None
+    class Waits(logging.Handler):
+        def emit(self, record): "is being trained by process" in record.getMessage() and told.set()
+    logging.getLogger("bnonly").addHandler(waits := Waits())
     first = Thread(target=lambda: records.append(fit(TINY, cbs=[Count()])))
     first.start()
     assert begun.wait(60)
-    records.append(fit(TINY, cbs=[Count()], say=waits))
+    records.append(fit(TINY, cbs=[Count()]))
     first.join()
+    logging.getLogger("bnonly").removeHandler(waits)
     assert told.is_set() and trained == [0, 1] and records[0] == records[1]
     assert not (run_dir(TINY) / "lock").exists()
 
@@ -413,7 +408,7 @@ def test_a_record_says_what_it_was_computed_with():
 def test_a_record_names_the_machines_of_all_its_parts(monkeypatch):
     spec = Spec(arch="resnet8", epochs=2)
     with monkeypatch.context() as m:
-        m.setattr(train, "machine", lambda device, real=train.machine: dict(real(device), processor="another"))
+        m.setattr(checkpoint, "machine", lambda device, real=checkpoint.machine: dict(real(device), processor="another"))
         with pytest.raises(KeyboardInterrupt): fit(spec, cbs=[Stop(1)])
     record = fit(spec)
     assert [m["processor"] for m in record["earlier_machines"]] == ["another"] != [record["machine"]["processor"]]
