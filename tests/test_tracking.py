@@ -1,5 +1,9 @@
 "Watching a run leaves TensorBoard's and W&B's files, and neither its name nor its numbers change."
+import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from bnonly.experiment import Spec, run_dir
@@ -8,6 +12,7 @@ from bnonly.train import fit
 from fastai.callback.core import Callback
 from test_train import Stop
 
+ROOT = Path(__file__).parents[1]
 SPEC = Spec(arch="resnet8", epochs=2)
 
 
@@ -70,14 +75,16 @@ def test_a_run_of_wandb_goes_on_under_its_id_and_group(monkeypatch):
     assert asked[2]["id"] != asked[0]["id"] and asked[2]["group"] == "other"
 
 
-def test_wandb_without_a_key_is_answered_before_anything_is_read(monkeypatch, tmp_path):
+def test_wandb_without_a_key_is_answered_before_anything_is_read(tmp_path):
+    "In a process of its own: W&B remembers the mode of an earlier run."
     pytest.importorskip("wandb", reason="W&B is not installed: pip install 'bnonly[wandb]'")
-    for name in ("WANDB_API_KEY", "WANDB_MODE"): monkeypatch.delenv(name, raising=False)
-    for name, value in dict(BNONLY_TRACK="wandb", HOME=str(tmp_path), WANDB_SILENT="true", WANDB_ERROR_REPORTING="false").items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("bnonly.train.load_data", None)
-    with pytest.raises(ValueError, match="cannot start a run .*; run wandb login or set WANDB_API_KEY, or set WANDB_MODE=offline"):
-        fit(SPEC)
+    env = {n: v for n, v in os.environ.items() if n not in ("WANDB_API_KEY", "WANDB_MODE")}
+    env |= dict(BNONLY_TRACK="wandb", HOME=str(tmp_path), WANDB_SILENT="true", WANDB_ERROR_REPORTING="false",
+                PYTHONPATH=str(ROOT))
+    code = f"import bnonly.train as t; from bnonly.experiment import Spec; t.load_data = None; t.fit({SPEC!r})"
+    done = subprocess.run([sys.executable, "-c", code], env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    answer = "cannot start a run .*; run wandb login or set WANDB_API_KEY, or set WANDB_MODE=offline"
+    assert re.search(f"ValueError: .*{answer}", done.stderr)
 
 
 def test_wandb_offline(unwatched, monkeypatch):
