@@ -399,7 +399,7 @@ class FileBatches(Loader):
         self.batch_size, self.train = batch_size, train
         self.seed, self.share = seed, share
         self.workers, self.broken = own_cores()//share[1] if workers is None else workers, set()
-        self.affine = affine(data, 224*224, device)
+        self.affine, self.flip = affine(data, 224*224, device), data.flip
         self.device, self.epoch = torch.device(device), 0
 
     def __iter__(self) -> Iterator:   # of (x float32 [B, C, H, W] channels_last, y int64 [B])
