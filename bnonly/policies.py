@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POLICIES', 'GAMMA', 'BETA', 'RandomEntries', 'choose_entries', 'positions', 'moving_roles', 'freeze', 'unfreeze',
            'hold_statistics', 'shared', 'gammas_and_betas', 'rest', 'without_beta', 'free_entries', 'add_entries',
-           'trainable', 'digests', 'frozen', 'entries', 'dense', 'free', 'counts', 'moved', 'load_moved']
+           'trainable', 'entries', 'dense', 'free', 'counts', 'digests', 'frozen', 'moved', 'load_moved']
 
 # %% ../nbs/03_policies.ipynb #5fa018fd
 import hashlib, warnings
@@ -257,38 +257,6 @@ def trainable(model:nn.Module) -> dict:   # name to parameter
     "The parameters that may move."
     return {n: p for n,p in model.named_parameters() if p.requires_grad}
 
-# %% ../nbs/03_policies.ipynb #b33c52ea
-def _digest(t): return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
-
-def digests(model:nn.Module) -> dict:   # name to digest
-    "A digest of every frozen tensor: parameters, what surrounds random entries, statistics that are held."
-    kept = {n: p for n,p in model.named_parameters() if not p.requires_grad}
-    for n,m in model.named_modules():
-        if isinstance(m, RandomEntries): kept[f"{n}.base"] = m.base.flatten().index_fill(0, m.index, 0)
-        if _HOLD in vars(m): kept |= {f"{n}.{k}": b for k,b in m.named_buffers(recurse=False)}
-    return {n: _digest(t) for n,t in kept.items()}
-
-@contextmanager
-def frozen(model:nn.Module, policy:str, **how):   # how: seed, output, statistics, as `freeze` takes them
-    "Frozen within, as before afterwards; `RuntimeError` on leaving names the first frozen tensor that moved."
-    unfrozen = {n: (vars(m).get(_MARK), [(k, p.requires_grad) for k,p in m._parameters.items() if p is not None]) for n,m in model.named_modules()}
-    if any(map(entries, model.modules())): raise ValueError("this model has random entries from an earlier freeze; unfreeze(model) first.")
-    own = core(model, is_own)[1]
-    was = getattr(own, "frozen", None)
-    freeze(model, policy, **how)
-    before = digests(model)
-    try:
-        yield model
-        after = digests(model)
-        if odd := next((n for n in before if before[n] != after.get(n)), None): raise RuntimeError(f"{odd!r} was frozen by {policy!r} and moved.")
-    finally:
-        unfreeze(model)
-        if was is not None: own.frozen = was
-        for n,(mark, needs) in unfrozen.items():
-            m = model.get_submodule(n)
-            if mark: vars(m)[_MARK] = mark
-            for k,need in needs: m._parameters[k].requires_grad_(need)
-
 # %% ../nbs/03_policies.ipynb #69b6611e
 def entries(m):   # RandomEntries, or None
     "What makes a layer's weight of random entries."
@@ -325,6 +293,38 @@ def counts(model:nn.Module,
         table.loc[role] += [p.numel()*p.requires_grad, (e.base if e else p).numel()]
     table.loc["all"] = table.sum()
     return table
+
+# %% ../nbs/03_policies.ipynb #b33c52ea
+def _digest(t): return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+def digests(model:nn.Module) -> dict:   # name to digest
+    "A digest of every frozen tensor: parameters, what surrounds random entries, statistics that are held."
+    kept = {n: p for n,p in model.named_parameters() if not p.requires_grad}
+    for n,m in model.named_modules():
+        if isinstance(m, RandomEntries): kept[f"{n}.base"] = m.base.flatten().index_fill(0, m.index, 0)
+        if _HOLD in vars(m): kept |= {f"{n}.{k}": b for k,b in m.named_buffers(recurse=False)}
+    return {n: _digest(t) for n,t in kept.items()}
+
+@contextmanager
+def frozen(model:nn.Module, policy:str, **how):   # how: seed, output, statistics, as `freeze` takes them
+    "Frozen within, as before afterwards; `RuntimeError` on leaving names the first frozen tensor that moved."
+    unfrozen = {n: (vars(m).get(_MARK), [(k, p.requires_grad) for k,p in m._parameters.items() if p is not None]) for n,m in model.named_modules()}
+    if any(map(entries, model.modules())): raise ValueError("this model has random entries from an earlier freeze; unfreeze(model) first.")
+    own = core(model, is_own)[1]
+    was = getattr(own, "frozen", None)
+    freeze(model, policy, **how)
+    before = digests(model)
+    try:
+        yield model
+        after = digests(model)
+        if odd := next((n for n in before if before[n] != after.get(n)), None): raise RuntimeError(f"{odd!r} was frozen by {policy!r} and moved.")
+    finally:
+        unfreeze(model)
+        if was is not None: own.frozen = was
+        for n,(mark, needs) in unfrozen.items():
+            m = model.get_submodule(n)
+            if mark: vars(m)[_MARK] = mark
+            for k,need in needs: m._parameters[k].requires_grad_(need)
 
 # %% ../nbs/03_policies.ipynb #3e9b17cf
 def moved(model:nn.Module) -> dict:   # name to tensor
