@@ -1,9 +1,8 @@
 """The normalizations of a network: gamma and beta of every channel, and how often its ReLU is zero."""
 import numpy as np
 import torch
-from torch.nn.modules.batchnorm import _NormBase
 
-from .models import BasicBlock, Bottleneck
+from .models import BATCH_NORMS, BasicBlock, Bottleneck
 
 __all__ = ["ROLES_AFTER", "norms", "affine_table", "ZeroCounter", "zero_rates"]
 
@@ -13,8 +12,8 @@ ROLES_AFTER = "relu", "added", "shortcut"   # what follows a normalization
 def norms(model) -> dict:
     "Every BatchNorm of a network in its order, each with the number of its role in `ROLES_AFTER`."
     blocks = [b for b in model.modules() if isinstance(b, (BasicBlock, Bottleneck))]
-    ends = {m for b in blocks for m in [c for c in b.children() if isinstance(c, _NormBase)][-1:]}
-    return {m: 1 if m in ends else 0 if m.relu else 2 for m in model.modules() if isinstance(m, _NormBase)}
+    ends = {m for b in blocks for m in [c for c in b.children() if isinstance(c, BATCH_NORMS)][-1:]}
+    return {m: 1 if m in ends else 0 if m.relu else 2 for m in model.modules() if isinstance(m, BATCH_NORMS)}
 
 
 def affine_table(model) -> dict:

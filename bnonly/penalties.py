@@ -20,7 +20,7 @@ with warnings.catch_warnings():   # fastai 2.8 still decorates with torch.jit.sc
 
 # %% ../nbs/03_penalties.ipynb #be25f689
 from .experiment import Spec, stream
-from .models import BiasAct, output_layer
+from .models import BATCH_NORMS, BiasAct, output_layer
 
 # %% ../nbs/03_penalties.ipynb #5fa291a7
 def mask(shape, share:float,   # of entries that are dropped
@@ -95,7 +95,8 @@ def divergence(x,          # [N, channels, ...]
 
 class Standardize(Hooked, Penalty):
     "The standardization loss over every intermediate layer (Collins et al., 2019)."
-    def layers(self): return [m for m in self.model.modules() if isinstance(m, (BiasAct, nn.ReLU, nn.modules.batchnorm._NormBase))]   # ReLU: MLPs without normalization
+    KINDS = BiasAct, nn.ReLU, *BATCH_NORMS   # a ReLU of its own: MLPs without normalization
+    def layers(self): return [m for m in self.model.modules() if isinstance(m, self.KINDS)]
     def before_batch(self): self.inputs = []
     def enters(self, x): self.inputs.append(x)
     def value(self): return sum(map(divergence, self.inputs))

@@ -194,7 +194,7 @@ def test_roles_of_other_peoples_models(name):
     with warnings.catch_warnings(action="ignore"), torch.device("cpu" if "regnet" in name else "meta"):   # torchvision's RegNet copies while it is built
         model = make(name)
     found, params = roles(model), dict(model.named_parameters())
-    kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    kinds = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
     norm = {f"{n}.{k}" for n, m in model.named_modules() if isinstance(m, kinds) for k, _ in m.named_parameters(recurse=False)}
     assert norm and {n for n, r in found.items() if r in ("bn", "norm")} == norm
     output = {n for n, r in found.items() if r == "output"}
