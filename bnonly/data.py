@@ -24,7 +24,7 @@ from torch.nn.functional import pad as zero_pad
 from .archives import AGAIN, BrokenData, own_folder
 from .cache import cache_files, read_cache, save_cache, stamp
 from .downloads import download, downloads
-from .experiment import DATASETS, choose, stream, write
+from .experiment import DATASETS, choose, derive_seed, write
 from .loading import Loader
 from .logs import logger
 from .photos import Decoded, Files, class_folders, decoded_batches, named, open_image
@@ -182,7 +182,7 @@ def draws(n:int,        # images
           epoch:int     # counted from 0
          ) -> tuple:    # order [n]; corner [n, 2], (top, left) of each image; mirror [n], bool
     "All that is random in an epoch, the same on every device."
-    def generator(what): return torch.Generator().manual_seed(stream(seed, what, epoch))
+    def generator(what): return torch.Generator().manual_seed(derive_seed(seed, what, epoch))
     order = torch.randperm(n, generator=generator("order"))
     corner = torch.randint(2*pad + 1, (n, 2), generator=generator("crop"))
     mirror = torch.rand(n, generator=generator("flip")) < (.5 if flip else 0)

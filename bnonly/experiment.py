@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGENET_DEPTHS', 'VGG_DEPTHS', 'EFFICIENTNETS', 'ARCHS', 'ALONE', 'TOKENS', 'INITS', 'BN_INITS', 'DATASETS',
            'SCHEDULES', 'NORMS', 'ACTS', 'DECAYS', 'nearest', 'choose', 'Arch', 'parse_arch', 'parse_policy', 'Spec',
-           'check_spec', 'parameters', 'key', 'stream', 'root', 'runs_dir', 'run_dir', 'write', 'seal', 'BrokenRecord',
-           'load_record', 'records', 'results', 'history', 'summary', 'presets', 'preset', 'incomplete']
+           'check_spec', 'parameters', 'key', 'derive_seed', 'root', 'runs_dir', 'run_dir', 'write', 'seal',
+           'BrokenRecord', 'load_record', 'records', 'results', 'history', 'summary', 'presets', 'preset', 'incomplete']
 
 # %% ../nbs/00_experiment.ipynb #b2f6664a
 import ast, errno, hashlib, json, os, re, tempfile, warnings
@@ -215,9 +215,9 @@ def key(spec:Spec) -> str:
 Spec.key = property(key)
 
 # %% ../nbs/00_experiment.ipynb #bb050534
-def stream(seed:int,   # of the run
-           *names      # what is drawn, e.g. 'conv1.weight', or 'order', 3
-          ) -> int:    # below 2**63
+def derive_seed(seed:int,   # of the run
+                *names      # what is drawn, e.g. 'conv1.weight', or 'order', 3
+               ) -> int:    # below 2**63
     "A seed of its own for each thing that is drawn at random in a run."
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -6,7 +6,7 @@
 __all__ = ['NORM', 'BLOCKS', 'FEATURES', 'AFFINE', 'ROLES', 'BATCH_NORMS', 'OTHER_NORMS', 'conv', 'Shortcut', 'shortcut',
            'BasicBlock', 'Bottleneck', 'ResNet', 'cifar_resnet', 'imagenet_resnet', 'PreActBlock', 'wide_resnet',
            'efficientnet', 'VGG', 'AffineAct', 'MLP', 'pad_to_32', 'LeNet', 'build', 'BiasAct', 'FixupConv', 'Swish',
-           'Swished', 'branches', 'take_out', 'generator', 'he_normal', 'he_uniform', 'binary', 'orthogonal',
+           'Swished', 'branches', 'replace_norm', 'generator', 'he_normal', 'he_uniform', 'binary', 'orthogonal',
            'initialize', 'fixup', 'create_model', 'normalization', 'trace', 'last_layers', 'on_shortcuts', 'is_own',
            'output_layer', 'ends', 'named_modules', 'place', 'roles']
 
@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 # %% ../nbs/02_models.ipynb #674e2e17
-from .experiment import BN_INITS, INITS, Spec, choose, parse_arch, stream
+from .experiment import BN_INITS, INITS, Spec, choose, parse_arch, derive_seed
 from .layers import BatchNormAct, Chain, Conv2d, Linear, MaxPool2d, Stage, norm_act
 from .trace import core, follow, refuse_hidden
 
@@ -246,7 +246,7 @@ class BiasAct(nn.Module):
         self.relu, self.channels = bn.relu, bn.num_features
         self.bias = nn.Parameter(torch.empty(() if scalar else (self.channels, 1, 1)))
 
-    def rest(self): self.bias.zero_()
+    def reset(self): self.bias.zero_()
 
     def forward(self, x, residual=None):   # [N, channels, H, W]
         y = x + self.bias.to(x.dtype)
@@ -261,7 +261,7 @@ class FixupConv(Conv2d):
         self.shift = nn.Parameter(torch.empty(()))
         self.scale = nn.Parameter(torch.empty(())) if last else None
 
-    def rest(self):
+    def reset(self):
         self.shift.zero_()
         if self.scale is not None: self.scale.fill_(1)
 
@@ -276,7 +276,7 @@ class Swish(nn.Module):
         super().__init__()
         self.rho = nn.Parameter(torch.empty(()))
 
-    def rest(self): self.rho.zero_()
+    def reset(self): self.rho.zero_()
     def forward(self, x): return x*torch.sigmoid(self.rho*x)
 
 class Swished(nn.Module):
@@ -295,10 +295,10 @@ def branches(model:nn.Module) -> list:   # of lists of convolutions, from the fi
     "The convolutions of each residual branch."
     return [[m for m in b.children() if isinstance(m, nn.Conv2d)] for b in model.modules() if isinstance(b, BLOCKS)]
 
-def take_out(model:nn.Module,    # from `build`
-             norm:str="batch",   # batch (nothing is taken out), none, fixup, fixup-open, single, fixup+single
-             act:str="relu"      # relu, swish
-            ) -> nn.Module:      # the same model, on the meta device
+def replace_norm(model:nn.Module,    # from `build`
+                 norm:str="batch",   # batch (nothing is replaced), none, fixup, fixup-open, single, fixup+single
+                 act:str="relu"      # relu, swish
+                ) -> nn.Module:      # the same model, on the meta device
     "Put other layers in the place of BatchNorm and ReLU."
     fixup, single, ends = "fixup" in norm, "single" in norm, [b[-1] for b in branches(model)]
     if single and not isinstance(model.layers[-1], BatchNormAct): model.layers.append(BatchNormAct(model.fc.in_features, relu=False))
@@ -312,10 +312,10 @@ def take_out(model:nn.Module,    # from `build`
     return model
 
 # %% ../nbs/02_models.ipynb #d3804d12
-def generator(*key   # a seed and what is drawn, as `stream` takes them
+def generator(*key   # a seed and what is drawn, as `derive_seed` takes them
              ) -> np.random.RandomState:
     "A generator of random numbers whose stream is the same on every machine and version."
-    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(stream(*key))))
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(derive_seed(*key))))
 
 # %% ../nbs/02_models.ipynb #c0d28b72
 def he_normal(rng,          # as `generator` gives it
@@ -364,7 +364,7 @@ def initialize(model:nn.Module, init:str="he_normal", bn_init:str="uniform", see
             if m.bias is not None:
                 bias = he_uniform(generator(seed, name, "bias"), tuple(m.bias.shape), 6*fan_in)
                 m.bias.copy_(torch.from_numpy(bias))
-        if hasattr(m, "rest"): m.rest()   # scalars and biases in BatchNorm's place
+        if hasattr(m, "reset"): m.reset()   # scalars and biases in BatchNorm's place
     return model
 
 # %% ../nbs/02_models.ipynb #09525147
@@ -393,7 +393,7 @@ def create_model(arch:str,                 # e.g. 'resnet56', 'wrn14-4', 'vgg16'
     model = build(arch, num_classes, in_channels, norm, size)
     Spec(arch=arch, norm=norm, act=act)   # refuses what does not go together
     if parse_arch(arch).family not in ("mlp", "lenet"):
-        with torch.device("meta"): model = take_out(model, norm, act)
+        with torch.device("meta"): model = replace_norm(model, norm, act)
     empty = {n: torch.empty(t.shape, dtype=t.dtype) for n,t in model.state_dict().items()}
     model.load_state_dict(empty, assign=True)   # to_empty would import sympy, half a second
     model = initialize(model, init, bn_init, seed)

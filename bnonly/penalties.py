@@ -19,15 +19,15 @@ with warnings.catch_warnings():   # fastai 2.8 still decorates with torch.jit.sc
     from fastai.callback.core import Callback
 
 # %% ../nbs/03_penalties.ipynb #be25f689
-from .experiment import Spec, stream
+from .experiment import Spec, derive_seed
 from .models import BATCH_NORMS, BiasAct, output_layer
 
 # %% ../nbs/03_penalties.ipynb #5fa291a7
 def mask(shape, share:float,   # of entries that are dropped
-         *key                  # a seed and what is drawn, as `stream` takes them
+         *key                  # a seed and what is drawn, as `derive_seed` takes them
         ) -> torch.Tensor:     # 0 or 1/(1-share)
     "Which features stay, scaled so that their sum keeps its expectation."
-    rng = torch.Generator().manual_seed(stream(*key))
+    rng = torch.Generator().manual_seed(derive_seed(*key))
     return (torch.rand(shape, generator=rng) >= share).float() / (1-share)
 
 # %% ../nbs/03_penalties.ipynb #f258fafc

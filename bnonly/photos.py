@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .archives import AGAIN, BrokenData, subfolders, walk
-from .experiment import stream
+from .experiment import derive_seed
 
 SUFFIXES = ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"
 MOST_PIXELS = 89_478_485   # of an image, a quarter of a gigabyte as RGB; PIL's own limit
@@ -93,7 +93,7 @@ class Decoded:
         try: image = open_image(self.files.paths[i], self.files.paths[i])
         except BrokenData: return i
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(stream(self.seed, "crop", self.epoch, i))
+            torch.default_generator.manual_seed(derive_seed(self.seed, "crop", self.epoch, i))
             return torch.from_numpy(np.array(self.transform(image))), self.files.y[i]
 
 

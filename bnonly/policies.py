@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'GAMMA', 'BETA', 'RandomEntries', 'choose_entries', 'positions', 'moving_roles', 'freeze', 'unfreeze',
-           'hold_statistics', 'shared', 'gammas_and_betas', 'rest', 'without_beta', 'free_entries', 'add_entries',
-           'trainable', 'entries', 'dense', 'free', 'counts', 'digests', 'frozen', 'moved', 'load_moved']
+           'hold_statistics', 'shared', 'gammas_and_betas', 'reset_affine', 'without_beta', 'free_entries',
+           'add_entries', 'trainable', 'entries', 'dense', 'free', 'counts', 'digests', 'frozen', 'moved', 'load_moved']
 
 # %% ../nbs/03_policies.ipynb #5fa018fd
 import hashlib, warnings
@@ -99,7 +99,7 @@ def freeze(model:nn.Module,            # from `create_model`, or any other
     fixed = {n for n,p in model.named_parameters() if not p.requires_grad}
     for name,p in model.named_parameters():
         if name not in fixed and found[name] not in moving: _freeze_one(model, name, p)
-    if "all-affine" in tokens: rest(model, fixed)
+    if "all-affine" in tokens: reset_affine(model, fixed)
     if {"gamma", "all-beta"} & set(tokens): without_beta(model, fixed)
     for token in {"random", "scattered"} & set(tokens): free_entries(model, found, token, tokens[token], moving, seed, fixed)
     if statistics == "frozen": hold_statistics(model)
@@ -185,7 +185,7 @@ def gammas_and_betas(model) -> tuple:   # two dicts, name to parameter
     return found
 
 @torch.no_grad()
-def rest(model, fixed=()):   # names of what stays as it is
+def reset_affine(model, fixed=()):   # names of what stays as it is
     "Put every gamma to 1 and every beta to 0."
     for value,params in zip((1, 0), gammas_and_betas(model)):
         for n,p in params.items():

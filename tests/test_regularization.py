@@ -61,7 +61,7 @@ def test_fixup_starts_as_zhang_et_al_say():
 def test_swish_is_what_it_is_called():
     swish, z = Swish().double(), torch.linspace(-3, 3, 13, dtype=torch.float64)
     with torch.no_grad():
-        swish.rest()
+        swish.reset()
         assert torch.equal(swish(z), z/2)   # rho starts at 0
         swish.rho.fill_(.7)
         assert torch.allclose(swish(z), z/(1 + torch.exp(-.7*z)))

@@ -152,7 +152,7 @@ def _one_pixel_layers():
     torch.manual_seed(0)
     plain, fixup = Conv2d(64, 64, 3, 2, 1), FixupConv(Conv2d(64, 64, 3, 2, 1), last=True)
     torch.nn.init.normal_(fixup.weight)
-    with torch.no_grad(): fixup.rest()
+    with torch.no_grad(): fixup.reset()
     few = copy.deepcopy(plain)
     torch.nn.utils.parametrize.register_parametrization(few, "weight", RandomEntries(few.weight, torch.arange(0, few.weight.numel(), 7)))
     return dict(plain=plain, fixup=fixup, few=few)
