@@ -6,10 +6,10 @@
 __all__ = ['STYLE', 'SCENE', 'DEEP', 'WIDE', 'IMAGENET', 'VGG', 'PARTS', 'SERIES', 'ALL', 'BN', 'FIGURE2', 'CIFAR', 'FOUR',
            'DISABLED', 'NARROW', 'LAYOUTS', 'PAPER', 'STARS', 'SPREAD', 'STAR', 'WIDTH', 'CLASSES', 'GROWING',
            'ONLY_BN', 'WIDTHS', 'SEEDS', 'styled', 'family', 'panels', 'papers_recipe', 'plain', 'left_out',
-           'convolutions', 'sizes', 'specifications', 'table1', 'tableC1', 'drawn', 'save', 'rounded', 'draw_table',
-           'plain_table', 'save_table', 'Line', 'Layout', 'points', 'gaps', 'papers', 'told', 'accuracy_panel', 'seeds',
-           'corner', 'footnote', 'legend', 'empty', 'images', 'accuracy_figure', 'doubling', 'budgets', 'growth',
-           'fig03', 'small_resnets', 'small_runs', 'fig10', 'welch', 'interval', 'verdict', 'ordering', 'shown']
+           'specifications', 'table1', 'tableC1', 'drawn', 'save', 'rounded', 'draw_table', 'plain_table', 'save_table',
+           'Line', 'Layout', 'points', 'gaps', 'papers', 'told', 'accuracy_panel', 'seeds', 'corner', 'footnote',
+           'legend', 'empty', 'images', 'accuracy_figure', 'doubling', 'budgets', 'growth', 'fig03', 'small_resnets',
+           'small_runs', 'fig10', 'welch', 'interval', 'verdict', 'ordering', 'shown']
 
 # %% ../nbs/07_accuracy.ipynb #df5f7ece
 import textwrap
@@ -30,6 +30,7 @@ from scipy.stats import linregress
 
 # %% ../nbs/07_accuracy.ipynb #0707d04e
 from .experiment import IMAGENET_DEPTHS, VGG_DEPTHS, Spec, incomplete, parse_arch, preset, results, runs_dir, summary, write
+from .shapes import sizes
 
 # %% ../nbs/07_accuracy.ipynb #82a3128b
 STYLE = files("bnonly")/"bnonly.mplstyle"
@@ -105,45 +106,6 @@ def left_out(table:pd.DataFrame,   # as `results` gives it
             odd.setdefault(n, set()).update(set(own[n]) - set(shown[kind(shown) == k][n]))
     told = "; ".join(f"{n} {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in sorted(vs))}" for n,vs in odd.items() if vs)
     return f"{rest.folder.nunique()} runs of another recipe are not in the paper's figures: {told}." if told else ""
-
-# %% ../nbs/07_accuracy.ipynb #242803ed
-_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 200: (3, 24, 36, 3)}
-_VGG = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
-
-def _vgg(depth, channels):
-    for n,c in zip(_VGG[depth], (64, 128, 256, 512, 512)):
-        for _ in range(n):
-            yield "conv", channels*c*9 + c, c
-            channels = c
-
-def _resnet(blocks, stages, stem, channels, bottleneck):
-    yield "conv", channels*stages[0]*stem**2, stages[0]
-    c_in = stages[0]
-    for i,(n,c) in enumerate(zip(blocks, stages)):
-        for j in range(n):
-            kernels = [(c_in, c, 1), (c, c, 9), (c, 4*c, 1)] if bottleneck else [(c_in, c, 9), (c, c, 9)]
-            for a,b,k in kernels: yield "conv", a*b*k, b
-            if j == 0 and (i > 0 or c_in != b): yield "shortcut", c_in*b, b
-            c_in = b
-
-# %% ../nbs/07_accuracy.ipynb #78300a9d
-def convolutions(arch:str, channels:int=3):
-    "The convolutions of a network: role, number of weights, number of output channels."
-    name, depth, width = parse_arch(arch)
-    if name == "vgg": return list(_vgg(depth, channels))
-    if name == "imagenet": return list(_resnet(_BLOCKS[depth], (64, 128, 256, 512), 7, channels, depth >= 50))
-    return list(_resnet([(depth-2)//6]*3, [max(1, int(c*width)) for c in (16, 32, 64)], 3, channels, False))
-
-def sizes(arch:str,           # e.g. 'resnet56'
-          classes:int=10,     # logits
-          channels:int=3      # of the images
-         ) -> dict:           # role to count, and the total
-    "How many numbers each part of a network has, without building it."
-    layers = convolutions(arch, channels)
-    part = lambda role: sum(weights for r,weights,_ in layers if r == role)
-    counts = dict(bn=2*sum(out for *_,out in layers), output=(layers[-1][2] + 1)*classes,
-                  shortcut=part("shortcut"), conv=part("conv"))
-    return dict(total=sum(counts.values()), **counts)
 
 # %% ../nbs/07_accuracy.ipynb #f5821f57
 DEEP = [f"resnet{d}" for d in (14, 32, 56, 110, 218, 434, 866)]

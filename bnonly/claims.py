@@ -19,11 +19,12 @@ import pandas as pd
 
 # %% ../nbs/12_claims.ipynb #a5d7fe64
 import bnonly.features as features
-from .accuracy import convolutions, interval, plain, sizes
+from .accuracy import interval, plain
 from .experiment import Spec, choose, parse_arch, results, runs_dir, write
 from .measures import KINDS, ON, Item
 from .regularization import at_start, robust
 from .selections import FAMILIES, FREE, select
+from .shapes import convolutions, sizes
 
 # %% ../nbs/12_claims.ipynb #ca7a5aa6
 def _of_channels(own:pd.DataFrame) -> dict:

@@ -2,7 +2,8 @@
 import numpy as np
 import torch
 
-from .models import BATCH_NORMS, BasicBlock, Bottleneck
+from .models import BasicBlock, Bottleneck
+from .trace import BATCH_NORMS
 
 __all__ = ["ROLES_AFTER", "norms", "affine_table", "ZeroCounter", "zero_rates"]
 

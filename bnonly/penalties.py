@@ -20,7 +20,8 @@ with warnings.catch_warnings():   # fastai 2.8 still decorates with torch.jit.sc
 
 # %% ../nbs/03_penalties.ipynb #be25f689
 from .experiment import Spec, derive_seed
-from .models import BATCH_NORMS, BiasAct, output_layer
+from .models import BiasAct, output_layer
+from .trace import BATCH_NORMS
 
 # %% ../nbs/03_penalties.ipynb #5fa291a7
 def mask(shape, share:float,   # of entries that are dropped

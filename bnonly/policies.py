@@ -18,8 +18,8 @@ from torch.nn.utils import parametrize
 
 # %% ../nbs/03_policies.ipynb #8d74ee28
 from .experiment import choose, parse_policy
-from .models import ROLES, ends, generator, is_own, normalization, place, roles
-from .trace import core, refuse_hidden
+from .models import ROLES, ends, generator, is_own, place, roles
+from .trace import core, normalization, refuse_hidden
 
 # %% ../nbs/03_policies.ipynb #e152f2e2
 class RandomEntries(nn.Module):

@@ -1,4 +1,8 @@
-"""The forward pass of anybody's model as a graph, without running a hook or changing the model or a random state."""
+"""What the forward pass of anybody's model tells of its layers, without running a hook or changing the model or a random state.
+
+Which of them normalize is told by their classes; which one is the output and which are on shortcuts, by the graph.
+"""
+import operator
 import random
 import warnings
 from contextlib import contextmanager
@@ -7,7 +11,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-__all__ = ["shadow", "same_randomness", "Layers", "follow", "core", "refuse_hidden"]
+__all__ = ["BATCH_NORMS", "shadow", "same_randomness", "Layers", "follow", "normalization", "trace", "last_layers", "on_shortcuts", "core",
+           "refuse_hidden"]
 
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
@@ -57,6 +62,74 @@ def follow(model: nn.Module) -> list:
     except Exception as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         raise ValueError(f"its forward pass cannot be traced: {why}") from None
+
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+               nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
+OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+               nn.LazyInstanceNorm1d, nn.LazyInstanceNorm2d, nn.LazyInstanceNorm3d)
+CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+ACTIVATIONS = "relu relu_ relu6 leakyrelu leaky_relu prelu elu celu selu gelu silu mish hardswish".split()
+SUMS = operator.add, operator.iadd, torch.add, "add", "add_"
+
+
+def normalization(m: nn.Module) -> str:   # 'bn', 'norm', or '' for a module that is none
+    """Which kind of normalization a module is.
+
+    PyTorch's are told by their type; another is a class that calls itself a norm, or stands on one that does, and holds
+    nothing but one number for each channel.
+    """
+    if isinstance(m, BATCH_NORMS): return "bn"
+    if isinstance(m, OTHER_NORMS): return "norm"
+    own, names = [*m.parameters(recurse=False)], " ".join(c.__name__.lower() for c in type(m).__mro__)
+    vectors = own and len(own) == len([*m.parameters()]) and all(p.numel() == max(p.shape, default=1) for p in own)
+    return "" if not vectors or "norm" not in names else "bn" if "batchnorm" in names else "norm"
+
+
+def trace(model: nn.Module) -> tuple:   # (nodes in their order, node to the module whose weights it applies)
+    "The forward pass as a graph; `ValueError` where it cannot be traced."
+    nodes = follow(model)
+    called = {n: model.get_submodule(n.target) for n in nodes if n.op == "call_module"}
+    return nodes, {n: m for n, m in called.items() if any(True for _ in m.parameters()) and not normalization(m)}
+
+
+def _hides(model, n) -> str:   # 'norm', 'activation' or '': what a node behind a layer says of it
+    m = model.get_submodule(n.target) if n.op == "call_module" else None
+    if m is not None and normalization(m): return "norm"
+    name = type(m).__name__ if m is not None else n.target if n.op == "call_method" else getattr(n.target, "__name__", "")
+    return "activation" if name.lower() in ACTIVATIONS else ""
+
+
+def _pointwise(m) -> bool: return isinstance(m, CONVOLUTIONS) and set(m.kernel_size) == {1}
+
+
+def last_layers(model: nn.Module, nodes: list, layers: dict) -> list:   # nodes and layers: as `trace` gives them; of modules
+    """The layers that feed the output with no other between.
+
+    None of them where a normalization or, but for a 1x1 convolution, an activation follows: they are hidden ones.
+    """
+    todo, found = [(n, frozenset()) for n in nodes if n.op == "output"], {}
+    while todo:
+        n, behind = todo.pop()
+        if (n, behind) in found: continue
+        found[n, behind] = layers.get(n)
+        if n not in layers: todo += [(i, behind | {_hides(model, n)}) for i in n.all_input_nodes]
+    last = {(m, behind) for (_, behind), m in found.items() if m is not None}
+    if any("norm" in behind or "activation" in behind and not _pointwise(m) for m, behind in last): return []
+    return list({m for m, _ in last})
+
+
+def on_shortcuts(nodes: list, layers: dict) -> set:   # of modules
+    "The convolutions that are alone on their way to a sum whose other way has more layers."
+    before, found = {}, set()
+    for n in nodes:
+        before[n] = set().union(*(before[i] for i in n.all_input_nodes), {n} if n in layers else ())
+        if n.target not in SUMS or len(n.all_input_nodes) != 2: continue
+        a, b = (before[i] for i in n.all_input_nodes)
+        for one, other in ((a - b, b - a), (b - a, a - b)):
+            if len(one) == 1 and len(other) > 1:
+                found |= {layers[i] for i in one if isinstance(layers[i], CONVOLUTIONS)}
+    return found
 
 
 def core(model: nn.Module, is_own=lambda m: False) -> tuple:

@@ -37,12 +37,13 @@ from .experiment import SCHEDULES, Spec, load_record, parameters, parse_arch, ru
 from .layers import prepare_layers
 from .logs import logger
 from .machine import default_device
-from .models import BiasAct, FixupConv, create_model, generator, normalization
+from .models import BiasAct, FixupConv, create_model, generator
 from .native import keep_memory, kernels, pytorch_convolves_bfloat16
 from .penalties import Embedding, regularizers
 from .policies import freeze, trainable
 from .progress import announce, progress, result
 from .runlock import LostLock, RunLock, tidy
+from .trace import normalization
 from .trackers import trackers
 from .trajectory import trajectory
 

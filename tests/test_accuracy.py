@@ -10,33 +10,34 @@ from bnonly import accuracy as acc
 from bnonly.experiment import Spec
 from bnonly.models import build
 from bnonly.policies import counts
+from bnonly.shapes import sizes
 from scipy.stats import linregress
 
 
 def runs(*rows, **common):
     "A table as `results` gives it: (arch, policy, seed, accuracy) each."
     made = [dict(asdict(s := Spec(arch=a, policy=p, seed=n, **common)), status="complete", accuracy=v, top5=99., images=s.data,
-                 trainable=acc.sizes(s.arch)["bn"], total=acc.sizes(s.arch)["total"], folder=f"runs/x/{s.key}") for a, p, n, v in rows]
+                 trainable=sizes(s.arch)["bn"], total=sizes(s.arch)["total"], folder=f"runs/x/{s.key}") for a, p, n, v in rows]
     return pd.DataFrame(made)
 
 
 @pytest.mark.parametrize("arch", ["resnet8", "resnet110", "wrn14-4", "wrn20-0.125", "vgg11", "vgg19", "resnet34", "resnet50", "resnet200"])
 @pytest.mark.parametrize("classes,channels", [(10, 3), (1000, 1)])
 def test_counts_are_those_of_the_networks(arch, classes, channels):
-    sizes = acc.sizes(arch, classes, channels)
-    sizes["all"] = sizes.pop("total")
-    assert sizes | dict(norm=0) == counts(build(arch, classes, channels)).total.to_dict()
+    listed = sizes(arch, classes, channels)
+    listed["all"] = listed.pop("total")
+    assert listed | dict(norm=0) == counts(build(arch, classes, channels)).total.to_dict()
 
 
 def test_every_small_network_is_near_its_budget():
     for arch in acc.DEEP:
-        budget = acc.sizes(arch)["bn"]
+        budget = sizes(arch)["bn"]
         for name, total in acc.small_resnets(budget).items():
             assert counts(build(name)).total["all"] == total and abs(total - budget) <= .15 * budget
 
 
 def test_the_slope_is_the_one_that_made_the_points():
-    bn = {a: acc.sizes(a)["bn"] for a in acc.DEEP}
+    bn = {a: sizes(a)["bn"] for a in acc.DEEP}
     table = runs(*((a, "bn", s, 20 + 6 * np.log2(n) + d) for a, n in bn.items() for s, d in ((0, -1), (1, 1))))
     fit = acc.growth(table)["ResNet"]
     assert (fit.slope, fit.rvalue) == pytest.approx((6, 1))

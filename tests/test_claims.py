@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from bnonly import claims as cl
-from bnonly.accuracy import DEEP, sizes, welch
+from bnonly.accuracy import DEEP, welch
 from bnonly.experiment import Spec, preset, presets
 from bnonly.measures import KINDS, ON, Item
 from bnonly.regularization import method
 from bnonly.selections import SMALL, foreign, select
+from bnonly.shapes import sizes
 
 BY_ID = {c.id: c for claims in cl.PAPERS.values() for c in claims}
 
