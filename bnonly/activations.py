@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/09_activations.ipynb #e4070228
-from .accuracy import SERIES, SPREAD, empty, footnote, plain, save, styled
+from .accuracy import SERIES, plain
 from .affine import FAMILIES, PAIR, RESNETS, bar_figure, grid, heading, lacks, members
-from .experiment import Spec, preset, summary
-from .features import SILENT, channels
+from .experiment import Spec, summary
+from .features import SILENT
+from .figures import SPREAD, empty, footnote, styled
 
 # %% ../nbs/09_activations.ipynb #fad32a95
 def relus(features:pd.DataFrame   # as `channels` gives it

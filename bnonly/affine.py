@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/08_affine.ipynb #a2d16779
-from .accuracy import ALL, BN, SERIES, SPREAD, WIDTH, corner, empty, family, footnote, gaps, images, legend, panels, papers_recipe, plain, save, styled
-from .experiment import Spec, parse_arch, preset, summary
-from .features import SILENT, THRESHOLDS, channels, clamped, gammas_drawn, settling
+from .accuracy import ALL, BN, SERIES, family, gaps, images, panels, papers_recipe, plain
+from .experiment import Spec, parse_arch, summary
+from .features import SILENT, THRESHOLDS
+from .figures import SPREAD, WIDTH, corner, empty, footnote, legend, styled
 from .sweep import TRAINING
 
 # %% ../nbs/08_affine.ipynb #cc20bab2

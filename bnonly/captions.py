@@ -70,7 +70,8 @@ def _families(arch: str) -> set:
 
 def stand_ins(table) -> dict:
     "What a study (`results`) has in place of each of the paper's families, in a phrase."
-    from .accuracy import plain, seeds
+    from .accuracy import plain
+    from .figures import seeds
     table, found = plain(table, free=("bn_init",)), {}
     for name in THE_PAPERS:
         rows = table[(table.status == "complete") & table.arch.map(lambda a: name in _families(a)).astype(bool)]

@@ -24,12 +24,11 @@ from torch.nn.functional import pad as zero_pad
 from .archives import AGAIN, BrokenData, own_folder
 from .cache import cache_files, read_cache, save_cache, stamp
 from .downloads import download, downloads
-from .experiment import DATASETS, choose, derive_seed, write
+from .experiment import DATASETS, choose, derive_seed
 from .loading import Loader
 from .logs import logger
-from .photos import Decoded, Files, class_folders, decoded_batches, named, open_image
-from .readers import (CIFAR10, CORRUPTIONS, SEVERITIES, SOURCES, SVHN_SIZE, mnist_folder, read_corrupted, read_mat,
-                            read_mnist, read_newer)
+from .photos import Decoded, Files, class_folders, decoded_batches
+from .readers import CIFAR10, SOURCES, SVHN_SIZE, mnist_folder, read_corrupted, read_mat, read_mnist, read_newer
 from .tiny_imagenet import read_tiny
 from .workers import own_cores
 

@@ -20,11 +20,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # %% ../nbs/14_explore.ipynb #807d40fe
-from .accuracy import SERIES, styled
+from .accuracy import SERIES
 from .affine import bins
 from .checked import read_metrics
 from .experiment import Spec, parse_arch, presets, records, runs_dir
 from .features import SILENT, kept
+from .figures import styled
 from .pages import render
 
 # %% ../nbs/14_explore.ipynb #4859dda2

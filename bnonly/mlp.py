@@ -15,8 +15,9 @@ import pandas as pd
 from matplotlib.collections import LineCollection
 
 # %% ../nbs/10_mlp.ipynb #2f4ad09e
-from .accuracy import empty, footnote, legend, save, seeds, shown, styled
-from .experiment import Spec, incomplete, parse_arch, preset, results, summary
+from .accuracy import shown
+from .experiment import incomplete, parse_arch, summary
+from .figures import empty, footnote, legend, seeds, styled
 
 # %% ../nbs/10_mlp.ipynb #89fb505b
 DEPTHS, WIDTHS = range(2, 15, 2), (10, 20, 40, 80, 100, 400, 784)   # hidden layers, and units in each (Section 1)

@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/11_regularization.ipynb #505968eb
-from .accuracy import empty, footnote, save, save_table, seeds, shown, styled
-from .experiment import Spec, history, load_record, parse_arch, preset, results, run_dir, write
+from .accuracy import shown
+from .experiment import Spec, load_record, parse_arch, run_dir, write
+from .figures import empty, footnote, seeds, styled
 
 # %% ../nbs/11_regularization.ipynb #6dd8b915
 def at_start(norm:str,             # batch, none, fixup, single, ...
@@ -134,7 +135,8 @@ def robustness(spec:Spec,              # of a complete run
               ) -> pd.DataFrame:       # one row a corruption, one column a severity: accuracy (%)
     "How well a trained network does under each corruption. `FileNotFoundError` where there is no record or no CIFAR-10-C."
     import torch
-    from bnonly.data import CORRUPTIONS, SEVERITIES, load_data, loaders
+    from bnonly.data import load_data, loaders
+    from bnonly.readers import CORRUPTIONS, SEVERITIES
     from bnonly.features import restore
     from bnonly.machine import default_device
     model = restore(spec, study, default_device())

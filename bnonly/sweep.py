@@ -11,7 +11,6 @@ __all__ = ['ENGINES', 'PRICED', 'TRAINING', 'FAMILIES', 'state', 'failure', 'mis
 # %% ../nbs/05_sweep.ipynb #0017abd7
 import ast, hashlib, json, linecache, os, platform, re, sys, threading, time, traceback, warnings
 from base64 import b64encode
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, redirect_stdout
 from dataclasses import asdict, fields, replace

@@ -33,13 +33,13 @@ with warnings.catch_warnings():
 from .checkpoint import Checkpointer, callback_names, finish, load_state, parts, read_state
 from .data import known_shape, load_data, loaders, part
 from .distributed import Parallel, broadcast, check_batches, own_share
-from .experiment import SCHEDULES, Spec, load_record, parameters, parse_arch, run_dir
+from .experiment import Spec, load_record, parse_arch, run_dir
 from .layers import prepare_layers
 from .logs import logger
 from .machine import default_device
 from .models import BiasAct, FixupConv, create_model, generator
 from .native import keep_memory, kernels, pytorch_convolves_bfloat16
-from .penalties import Embedding, regularizers
+from .penalties import regularizers
 from .policies import freeze, trainable
 from .progress import announce, progress, result
 from .runlock import LostLock, RunLock, tidy

@@ -21,7 +21,6 @@ SPEC = Spec(arch="resnet8", epochs=6)
 
 def warm(spec):
     "Import everything and compile the forward pass. (A backward pass would start threads, which a fork does not survive.)"
-    import matplotlib.pyplot
     papermill()
     learn = learner(spec)
     learn.create_opt()

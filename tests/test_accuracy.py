@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from bnonly import accuracy as acc
-from bnonly.experiment import Spec
+from bnonly.experiment import Spec, runs_dir
+from bnonly.figures import draw_table, drawn, save_table
 from bnonly.models import build
 from bnonly.policies import counts
 from bnonly.shapes import sizes
@@ -150,11 +151,11 @@ def test_a_single_seed_has_no_bar():
 
 
 def test_tables_are_exact_in_csv_and_rounded_in_the_picture():
-    acc.save_table(acc.tableC1(), "tableC1", "x")
-    folder = acc.runs_dir() / "x/figures"
+    save_table(acc.tableC1(), "tableC1", "x")
+    folder = runs_dir() / "x/figures"
     assert pd.read_csv(folder / "tableC1.csv").Total.tolist() == [9_231_114, 9_416_010, 14_728_266, 20_040_522]
     assert (folder / "tableC1.png").exists() and (folder / "tableC1.svg").exists()
-    printed = [t.get_text() for t in acc.draw_table(acc.table1()).axes[0].texts]
+    printed = [t.get_text() for t in draw_table(acc.table1()).axes[0].texts]
     assert {"ResNet for ImageNet", "14.0M", "64.7K", "0.64%", "10.83%", "650"} <= set(printed)
 
 
@@ -182,6 +183,6 @@ def test_a_line_that_only_the_paper_has_is_in_the_legend_and_in_the_data():
     assert list(handles) == ["BatchNorm", "BatchNorm + Shortcuts + Output", "All Params Trainable", "Shortcuts + Output", "Chance"]
     starred = [l for l, h in handles.items() if isinstance(h, plt.Line2D) and h.get_marker() == "*"]
     assert starred == ["All Params Trainable", "Shortcuts + Output"]
-    rows = acc.drawn(fig)
+    rows = drawn(fig)
     assert [set(rows[rows.label == l].y) for l in starred] == [{93.3}, {49.}]
     plt.close("all")

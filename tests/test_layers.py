@@ -50,7 +50,7 @@ def operators(model, x):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_frozen_weight_is_packed_when_it_is_prepared(dtype):
     layer = Conv2d(32, 32, 3, padding=1, bias=False).requires_grad_(False)
-    x, want = images(2, 32, 8, 8), None
+    x = images(2, 32, 8, 8)
     assert layer.packs is None
     prepare_layers(layer, dtype)
     before = {k: v for k, v in layer.packs.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bnonly import claims as cl
 from bnonly import mlp
-from bnonly.accuracy import drawn
+from bnonly.figures import drawn
 from bnonly.experiment import Spec, run_dir
 from bnonly.features import analyse, channels, restore
 from bnonly.models import create_model

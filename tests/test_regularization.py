@@ -206,7 +206,7 @@ def test_a_run_is_measured_kept_stopped_and_restored(tmp_path, monkeypatch):
 @pytest.fixture
 def corrupted(tmp_path):
     from test_data import image, make_tree
-    from bnonly.data import CORRUPTIONS
+    from bnonly.readers import CORRUPTIONS
     make_tree(tmp_path)
     (tmp_path/"CIFAR-10-C").mkdir()
     for i, name in enumerate(CORRUPTIONS): np.save(tmp_path/"CIFAR-10-C"/f"{name}.npy", np.stack([image((i, j)) for j in range(10)]))

@@ -341,7 +341,7 @@ def test_what_is_no_lock_is_named(tmp_path, name, make):
 @pytest.mark.parametrize("content", ["", "[1]", "3", "[" * 5000, "\xff", '{"pid": 1}'])
 def test_a_lock_that_says_nothing_is_observed(tmp_path, monkeypatch, content):
     elsewhere(tmp_path).write_text(content)
-    said, lock = [], RunLock(tmp_path)
+    lock = RunLock(tmp_path)
     assert not lock.take() and holder(tmp_path) == {}
     monkeypatch.setattr(runlock, "STALE", 0)
     assert lock.take()
