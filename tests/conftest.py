@@ -1,4 +1,5 @@
-"Every test keeps its runs in a folder of its own. Tests in a browser share a page that reaches nothing but this machine."
+"""Every test keeps its runs in a folder of its own. Tests in a browser share a page that reaches nothing but this
+machine."""
 import os
 import shutil
 from urllib.parse import urlsplit
@@ -8,7 +9,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # the tests may be run by make; what they start is not
     os.environ.pop(name, None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +27,11 @@ def own_runs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def page():
-    "A page of headless Chromium; `page.left` and `page.errors` are the requests that left the machine and the errors of its console."
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'bnonly[dev]'")
+    """A page of headless Chromium; `page.left` and `page.errors` are the requests that left the machine and the errors
+    of its console."""
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install 'bnonly[dev]'"
+    )
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not found:
         pytest.skip("there is no Chromium on this machine: apt-get install chromium")

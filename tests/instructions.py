@@ -1,7 +1,9 @@
-"""What this processor computes when it is held to an instruction set: python tests/instructions.py prints one JSON object.
+"""What this processor computes when it is held to an instruction set.
 
-Run in a process of its own, since oneDNN, PyTorch and the kernels read their limits when they start. Everything is float32,
-so that the results of two instruction sets differ by rounding alone."""
+`python tests/instructions.py` prints it as one JSON object.
+
+Run in a process of its own, since oneDNN, PyTorch and the kernels read their limits when they start. Everything is
+float32, so that the results of two instruction sets differ by rounding alone."""
 import json
 import tempfile
 from dataclasses import replace
@@ -41,15 +43,29 @@ def resumed(spec, data):
     with tempfile.TemporaryDirectory() as study, tempfile.TemporaryDirectory() as whole:
         try: fit(spec, study, data, [Stop()], dtype=torch.float32)
         except KeyboardInterrupt: pass
-        return fit(spec, study, data, dtype=torch.float32)["final"] == fit(spec, whole, data, dtype=torch.float32)["final"]
+        return (
+            fit(spec, study, data, dtype=torch.float32)["final"] == fit(spec, whole, data, dtype=torch.float32)["final"]
+        )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     data = small(load_data("digits"))
     tiny = Spec(arch="resnet8", epochs=1)
-    found = {f"{a} {p}": run(replace(tiny, arch=a, policy=p), data) for a in FAMILIES for p in ("all", "gamma" if a == "mlp2-20" else "bn")}
+    found = {
+        f"{a} {p}": run(replace(tiny, arch=a, policy=p), data)
+        for a in FAMILIES
+        for p in ("all", "gamma" if a == "mlp2-20" else "bn")
+    }
     found |= {f"resnet8 {p}": run(replace(tiny, policy=p), data) for p in POLICIES}
     own = kernels()
-    print(json.dumps(dict(kernels=own[torch.float32].instructions if own else "plain", pytorch=torch.backends.cpu.get_cpu_capability(),
-                          resumed=resumed(replace(tiny, policy="all", epochs=2), data), losses=found)))
+    print(
+        json.dumps(
+            dict(
+                kernels=own[torch.float32].instructions if own else "plain",
+                pytorch=torch.backends.cpu.get_cpu_capability(),
+                resumed=resumed(replace(tiny, policy="all", epochs=2), data),
+                losses=found,
+            )
+        )
+    )

@@ -1,4 +1,5 @@
-"Kill a run at random instants and compare what it ends with: python tests/survival.py [KILLS] writes runs/bench/survival.json."
+"""Kill a run at random instants and compare what it ends with: python tests/survival.py [KILLS] writes
+runs/bench/survival.json."""
 import json
 import multiprocessing
 import os
@@ -20,7 +21,8 @@ SPEC = Spec(arch="resnet8", epochs=6)
 
 
 def warm(spec):
-    "Import everything and compile the forward pass. (A backward pass would start threads, which a fork does not survive.)"
+    """Import everything and compile the forward pass. (A backward pass would start threads, which a fork does not
+    survive.)"""
     papermill()
     learn = learner(spec)
     learn.create_opt()
@@ -45,7 +47,11 @@ def reached(folder):
     "How far a run had come: 'begun', an epoch, 'record' or 'notebook'."
     if (folder / "train.ipynb").exists(): return "notebook"
     if (folder / "record.json").exists(): return "record"
-    return f"epoch {(folder / 'metrics.csv').read_text().count(chr(10)) - 1}" if (folder / "metrics.csv").exists() else "begun"
+    return (
+        f"epoch {(folder / 'metrics.csv').read_text().count(chr(10)) - 1}"
+        if (folder / "metrics.csv").exists()
+        else "begun"
+    )
 
 
 def survive(kills, spec=SPEC, seed=0):
@@ -75,6 +81,13 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     rows = survive(int((sys.argv + ["50"])[1]))
     hits = {h: sum(r["hit"] == h for r in rows) for h in sorted({r["hit"] for r in rows})}
-    told = dict(run=SPEC.key, kills=len(rows), equal=sum(r["equal"] for r in rows), hits=hits, machine=machine(torch.device("cpu")), rows=rows)
+    told = dict(
+        run=SPEC.key,
+        kills=len(rows),
+        equal=sum(r["equal"] for r in rows),
+        hits=hits,
+        machine=machine(torch.device("cpu")),
+        rows=rows,
+    )
     file = write(Path(__file__).parents[1] / "runs/bench/survival.json", json.dumps(told, indent=1) + "\n")
     print(f"{told['equal']} of {told['kills']} killed runs ended as if they had not been killed: {file}")

@@ -17,16 +17,26 @@ def test_a_row_of_the_benchmark(capsys, monkeypatch):
     monkeypatch.setattr("bnonly.bench.candidates", lambda *_: ["bnonly", "torch", "tuned torch"])
     main(["bench", "--archs", "resnet8", "--policies", "bn", "--rounds", "1", "--json"])
     row = json.loads(capsys.readouterr().out)
-    assert {"arch", "policy", "device", "dtype", "images_per_second", "low", "high", "ratio", "peers", "bound"} <= set(row)
-    assert set(row["peers"]) == {"torch", "tuned torch"} and row["ratio"] == min(p["ratio"] for p in row["peers"].values())
+    assert {"arch", "policy", "device", "dtype", "images_per_second", "low", "high", "ratio", "peers", "bound"} <= set(
+        row
+    )
+    assert set(row["peers"]) == {"torch", "tuned torch"} and row["ratio"] == min(
+        p["ratio"] for p in row["peers"].values()
+    )
     assert 0 < row["low"] <= row["images_per_second"] <= row["high"] and row["multiply_ms"] > 0 and row["move_ms"] > 0
     written, = (runs_dir() / "bench").glob(f"{row['device']}*,resnet8,bn.json")
     record = json.loads(written.read_text())
     assert record["rows"] == [row] and record["gemm_flops"] > 0 and record["machine"]["torch"]
 
 
-@pytest.mark.parametrize("argv,answer", [(["--archs", "resnet57"], "the nearest is 'resnet56'"), (["--policies", "bm"], "the nearest is 'bn'"),
-                                         (["--open-lth", "nowhere"], "name a checkout")])
+@pytest.mark.parametrize(
+    "argv,answer",
+    [
+        (["--archs", "resnet57"], "the nearest is 'resnet56'"),
+        (["--policies", "bm"], "the nearest is 'bn'"),
+        (["--open-lth", "nowhere"], "name a checkout"),
+    ],
+)
 def test_the_benchmark_refuses_a_mistake_before_it_starts(argv, answer):
     with pytest.raises(SystemExit, match=answer):
         main(["bench", *argv])
@@ -44,16 +54,23 @@ def test_a_benchmark_that_is_cut_off_says_so(monkeypatch):
 
 
 def test_goals_from_the_command_line(monkeypatch, capsys):
-    monkeypatch.setattr("bnonly.bench.bench_goals", lambda say: say(dict(what="160 epochs of resnet14", goal=30, measured=25.5)))
+    monkeypatch.setattr(
+        "bnonly.bench.bench_goals", lambda say: say(dict(what="160 epochs of resnet14", goal=30, measured=25.5))
+    )
     main(["bench", "--goals"])
     assert capsys.readouterr().out == "160 epochs of resnet14: 25.5 (the goal, on one H200: 30)\n"
 
 
 def test_steps_that_price_a_study(monkeypatch, capsys):
-    monkeypatch.setattr("bnonly.bench.bench_steps", lambda say, steps=bench_steps: steps(((32, 2, ("resnet8",), ("bn", "random2")),), say))
+    monkeypatch.setattr(
+        "bnonly.bench.bench_steps",
+        lambda say, steps=bench_steps: steps(((32, 2, ("resnet8",), ("bn", "random2")),), say),
+    )
     main(["bench", "--steps", "--json"])
     rows = [json.loads(l) for l in capsys.readouterr().out.splitlines()]
-    assert [(r["arch"], r["policy"]) for r in rows] == [("resnet8", "bn"), ("resnet8", "random2")] and all(r["milliseconds_per_image"] > 0 for r in rows)
+    assert [(r["arch"], r["policy"]) for r in rows] == [("resnet8", "bn"), ("resnet8", "random2")] and all(
+        r["milliseconds_per_image"] > 0 for r in rows
+    )
     written, = (runs_dir() / "bench").glob("cpu,*,steps.json")
     assert json.loads(written.read_text())["rows"] == rows
 
@@ -67,8 +84,10 @@ def test_only_steps_after_the_warm_up_are_timed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_entries_cost_little_more_than_none(dtype):
     "Two for each output channel of ResNet-14 (channels, pixels of its side), two operations for each at each position."
-    layers = [(16, 32)]*5 + [(32, 16)]*5 + [(64, 8)]*5   # the shortcuts' among them
-    assert work("resnet14", "random2", 1, dtype)[0] - work("resnet14", "bn", 1, dtype)[0] == sum(2*side**2 * 2*channels for channels, side in layers)
+    layers = [(16, 32)]*5 + [(32, 16)]*5 + [(64, 8)]*5  # the shortcuts' among them
+    assert work("resnet14", "random2", 1, dtype)[0] - work("resnet14", "bn", 1, dtype)[0] == sum(
+        2 * side**2 * 2 * channels for channels, side in layers
+    )
 
 
 START = """

@@ -67,8 +67,11 @@ def refuses(name, folder, *parts, kind=BrokenData):
 # -------- digits and batches
 
 def test_import_is_light():
-    code = "import sys, bnonly.data; print([m for m in ('fastai', 'sklearn', 'torchvision', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    heavy = "fastai", "sklearn", "torchvision", "matplotlib"
+    code = f"import sys, bnonly.data; print([m for m in {heavy} if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_digits_are_always_the_same():
@@ -144,7 +147,8 @@ def test_test_batches_are_plain_and_whole():
 
 @pytest.mark.parametrize("labels", ([0, 10], [-1, 0]))
 def test_labels_must_name_a_class(labels):
-    with pytest.raises(BrokenData, match="here.npy has the label"): data.split(np.zeros((2, 4, 4, 1), np.uint8), labels, 10, "here.npy")
+    with pytest.raises(BrokenData, match="here.npy has the label"):
+        data.split(np.zeros((2, 4, 4, 1), np.uint8), labels, 10, "here.npy")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -253,7 +257,11 @@ def batches(tmp_path, monkeypatch):
         content = pickle.dumps(value)
         (folder/name).write_bytes(content)
         return [name, hashlib.md5(content).hexdigest()]
-    def batch(k): return dict(data=np.stack([image((k, y)).transpose(2, 0, 1).ravel() for y in range(10)]), labels=list(range(10)))
+
+    def batch(k):
+        return dict(
+            data=np.stack([image((k, y)).transpose(2, 0, 1).ravel() for y in range(10)]), labels=list(range(10))
+        )
     monkeypatch.setattr(datasets.CIFAR10, "train_list", [save(f"data_batch_{k}", batch(k)) for k in range(1, 6)])
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [save("test_batch", batch(6))])
     name, md5 = save("batches.meta", dict(label_names=list(CIFAR10)))
@@ -298,13 +306,17 @@ def binary(tmp_path_factory, monkeypatch):
         rows = [bytes([y]) + image((k, y)).transpose(2, 0, 1).tobytes() for y in range(10)]
         (folder/name).write_bytes(b"".join(rows))
     (folder/"batches.meta.txt").write_text("\n".join(CIFAR10))
-    monkeypatch.setattr(readers, "CIFAR10_MD5", {n: hashlib.md5((folder/n).read_bytes()).hexdigest() for n in readers.CIFAR10_MD5})
+    monkeypatch.setattr(
+        readers, "CIFAR10_MD5", {n: hashlib.md5((folder / n).read_bytes()).hexdigest() for n in readers.CIFAR10_MD5}
+    )
     return folder
 
 
 def test_the_binary_version_has_the_same_images_in_the_same_order(binary, batches):
     one, two = load_data("cifar10", binary.parent), load_data("cifar10", batches)
-    assert (one.label, one.digest) == (two.label, two.digest) == ("CIFAR-10", one.digest) and one.train.x.equal(two.train.x)
+    assert (one.label, one.digest) == (two.label, two.digest) == ("CIFAR-10", one.digest) and one.train.x.equal(
+        two.train.x
+    )
     assert load_data("cifar10", binary).digest == one.digest   # the data set's own folder is taken too
 
 
@@ -350,8 +362,17 @@ def test_the_cache_comes_first(tree):
     assert one.test.x.equal(two.test.x)
 
 
-@pytest.mark.parametrize("damage", (lambda b: b[:-7], lambda b: b[:20], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1]),
-                                    lambda b: b.replace(b"(JPEG)", b"(XPEG)")), ids=("cut", "short", "empty", "edited", "renamed"))
+@pytest.mark.parametrize(
+    "damage",
+    (
+        lambda b: b[:-7],
+        lambda b: b[:20],
+        lambda b: b"",
+        lambda b: b[:-1] + bytes([b[-1] ^ 1]),
+        lambda b: b.replace(b"(JPEG)", b"(XPEG)"),
+    ),
+    ids=("cut", "short", "empty", "edited", "renamed"),
+)
 def test_a_broken_cache_is_named_and_built_again(tmp_path, damage):
     make_tree(tmp_path, "jpg")
     one = load_data("cifar10", tmp_path)
@@ -367,7 +388,8 @@ def test_a_broken_cache_is_named_and_built_again(tmp_path, damage):
 def test_incomplete_data_are_warned_of_each_time_and_never_cached(tree, monkeypatch):
     monkeypatch.setattr(data, "CIFAR10_SIZE", (50, 50))
     for _ in range(2):
-        with pytest.warns(UserWarning, match="20 and 20 images where CIFAR-10 has 50 and 50"): assert len(load_data("cifar10", tree).train) == 20
+        with pytest.warns(UserWarning, match="20 and 20 images where CIFAR-10 has 50 and 50"):
+            assert len(load_data("cifar10", tree).train) == 20
     assert not (tree/"cache").exists()
     for f in (tree/"cifar10").glob("*/*/0_*"):
         for i in "234": (f.parent/f"{i}.png").write_bytes(f.read_bytes())
@@ -378,7 +400,8 @@ def test_a_broken_cache_without_a_source(tree):
     load_data("cifar10", tree)
     cache_files(tree, "cifar10")[0].write_bytes(b"?")
     (tree/"cifar10").rename(tree/"gone")
-    with pytest.warns(UserWarning, match="cut off or was edited"): refuses("cifar10", tree, "no CIFAR-10", kind=FileNotFoundError)
+    with pytest.warns(UserWarning, match="cut off or was edited"):
+        refuses("cifar10", tree, "no CIFAR-10", kind=FileNotFoundError)
 
 
 def test_an_archive_that_was_replaced_is_read_again(tree, tmp_path_factory):
@@ -387,7 +410,8 @@ def test_an_archive_that_was_replaced_is_read_again(tree, tmp_path_factory):
     old = load_data("cifar10", folder)
     Image.fromarray(image(99)).save(tree/"cifar10"/"train"/"dog"/"0_dog.png")
     os.utime(pack(tree, folder), (1, 1))
-    with pytest.warns(UserWarning, match="cifar10.tgz changed"): assert load_data("cifar10", folder).digest != old.digest
+    with pytest.warns(UserWarning, match="cifar10.tgz changed"):
+        assert load_data("cifar10", folder).digest != old.digest
 
 
 def test_a_folder_that_cannot_be_written_to(tree, monkeypatch):
@@ -410,7 +434,9 @@ def test_download_takes_the_first_whole_file(tree, tmp_path_factory, monkeypatch
     wrong = tree/"wrong.tgz"
     wrong.write_text("a page that says no")
     whole = lambda f: f.read_bytes() == source.read_bytes()
-    monkeypatch.setattr(data, "downloads", lambda: [(o.as_uri(), "cifar10.tgz", whole) for o in (tree/"none.tgz", wrong, source)])
+    monkeypatch.setattr(
+        data, "downloads", lambda: [(o.as_uri(), "cifar10.tgz", whole) for o in (tree / "none.tgz", wrong, source)]
+    )
     assert len(load_data("cifar10", folder).train) == 20
     assert sorted(o.name for o in folder.iterdir()) == ["cache", "cifar10.tgz"]
 
@@ -469,7 +495,8 @@ def test_broken_arrays(newer):
     refuses("cifar10.1", newer, "data.npy is missing", kind=FileNotFoundError)
 
 
-def idx(array): return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
 
 
 @pytest.fixture(params=("", ".gz"))
@@ -478,9 +505,14 @@ def raw(request, tmp_path):
     folder = tmp_path/"MNIST"/"raw"
     folder.mkdir(parents=True)
     for part, n in (("train", 30), ("t10k", 20)):
-        for name, array in (("images-idx3", np.arange(n*784).reshape(n, 28, 28) % 256), ("labels-idx1", np.arange(n) % 10)):
+        for name, array in (
+            ("images-idx3", np.arange(n * 784).reshape(n, 28, 28) % 256),
+            ("labels-idx1", np.arange(n) % 10),
+        ):
             content = idx(array)
-            (folder/f"{part}-{name}-ubyte{request.param}").write_bytes(gzip.compress(content) if request.param else content)
+            (folder / f"{part}-{name}-ubyte{request.param}").write_bytes(
+                gzip.compress(content) if request.param else content
+            )
     return folder
 
 
@@ -534,7 +566,11 @@ def photos(tmp_path):
 
 def test_imagenet(photos):
     d = load_data("imagenet", photos)
-    assert d.classes == ("n0", "n1", "n2") and (len(d.train), len(d.test)) == (6, 3) and d.train.y.tolist() == [0, 0, 1, 1, 2, 2]
+    assert (
+        d.classes == ("n0", "n1", "n2")
+        and (len(d.train), len(d.test)) == (6, 3)
+        and d.train.y.tolist() == [0, 0, 1, 1, 2, 2]
+    )
     train, test = loaders(d, 4, seed=3)
     assert len(train) == 2 and train.epoch == 0
     (x, y), _ = first = list(train)
@@ -562,7 +598,8 @@ def test_broken_photo(photos, workers):
     for f in broken[:2]: f.write_bytes(f.read_bytes()[:1000])
     d = load_data("imagenet", photos)
     batches = FileBatches(d.train, d, 3, train=True, workers=workers)
-    with pytest.warns(UserWarning, match=f"2 of 6 images cannot be decoded and are left out: {broken[0]}, {broken[1]}"): first = list(batches)
+    with pytest.warns(UserWarning, match=f"2 of 6 images cannot be decoded and are left out: {broken[0]}, {broken[1]}"):
+        first = list(batches)
     assert sorted(torch.cat([y for _, y in first]).tolist()) == [0, 0, 1, 2] and all(len(x) == len(y) for x, y in first)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -600,7 +637,11 @@ def real(*names):
 def test_real_cifar10(tmp_path):
     (tmp_path/"cifar10.tgz").symlink_to(REAL/"cifar10.tgz")
     d = load_data("cifar10", tmp_path)
-    assert d.train.x.shape == (50_000, 32, 32, 3) and d.train.y.bincount().tolist() == [5000]*10 and d.test.y.bincount().tolist() == [1000]*10
+    assert (
+        d.train.x.shape == (50_000, 32, 32, 3)
+        and d.train.y.bincount().tolist() == [5000] * 10
+        and d.test.y.bincount().tolist() == [1000] * 10
+    )
     assert np.allclose(d.mean, (.4914, .4822, .4465), atol=.002) and np.allclose(d.std, (.247, .2435, .2616), atol=.004)
 
 

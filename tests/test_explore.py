@@ -22,12 +22,15 @@ KEY = "resnet20,bn,digits,weight_decay=0.012,seed={}"
 
 
 def expected(threshold, seed=0):
-    "Share below a threshold, and the accuracies measured with as many gammas at 0 or with the next fewer and more, straight from the file."
+    """Share below a threshold, and the accuracies measured with as many gammas at 0 or with the next fewer and more,
+    straight from the file."""
     found = safetensors.numpy.load_file(ROOT / "runs/decay" / KEY.format(seed) / "features.safetensors")
     share = 100 * (np.abs(found["gamma"]) < np.float32(threshold)).mean()
     tried = dict(zip(found["clamped"].tolist(), (100 * found["correct"] / found["tested"][0]).tolist()))
     count = int((np.abs(found["gamma"]) < np.float32(threshold)).sum())
-    around = [count] if count in tried else [max(n for n in tried if n < count), *sorted(n for n in tried if n > count)[:1]]
+    around = (
+        [count] if count in tried else [max(n for n in tried if n < count), *sorted(n for n in tried if n > count)[:1]]
+    )
     return f"{share:.1f}%", " and ".join(f"{tried[n]:.1f}%" for n in around)
 
 
@@ -59,9 +62,15 @@ def test_a_change_draws_what_it_concerns_once_and_reads_no_features(explorer, mo
         counted = functools.wraps(f)(lambda *args, f=f: (calls.append(f.__name__), f(*args))[1])
         monkeypatch.setattr(explore, name, counted)
     own, choices = explore.choices("decay"), explorer.choices
-    changes = [(choices["study"], "short", PICTURES), (choices["arch"], "resnet32", PICTURES), (explorer.threshold, .2, PICTURES[:2]),
-               (choices["study"], "decay", PICTURES), (choices["policy"], "bn", PICTURES),
-               (choices["rest"], own[own.policy == "bn"].rest.iloc[1], PICTURES), (explorer.others, tuple(own.folder[:3]), PICTURES[3:])]
+    changes = [
+        (choices["study"], "short", PICTURES),
+        (choices["arch"], "resnet32", PICTURES),
+        (explorer.threshold, 0.2, PICTURES[:2]),
+        (choices["study"], "decay", PICTURES),
+        (choices["policy"], "bn", PICTURES),
+        (choices["rest"], own[own.policy == "bn"].rest.iloc[1], PICTURES),
+        (explorer.others, tuple(own.folder[:3]), PICTURES[3:]),
+    ]
     for widget, value, drawn in changes:
         assert widget.value != value
         calls.clear()
@@ -153,8 +162,11 @@ def test_odd_metrics_leave_a_curve_out(explorer, tmp_path):
 
 
 def test_importing_changes_no_style():
-    probe = "import matplotlib, bnonly.claims, bnonly.explore, bnonly.report; d = matplotlib.rcParamsDefault; print([k for k in d if k != 'backend' and d[k] != matplotlib.rcParams[k]])"
-    assert subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    probe = ("import matplotlib, bnonly.claims, bnonly.explore, bnonly.report; d = matplotlib.rcParamsDefault; "
+             "print([k for k in d if k != 'backend' and d[k] != matplotlib.rcParams[k]])")
+    assert (
+        subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 @contextmanager
@@ -205,7 +217,9 @@ def test_a_server_that_is_told_to_end_ends_with_its_kernels(tmp_path, monkeypatc
     pytest.importorskip("voila", reason="voila is not installed: pip install 'bnonly[dev]'")
     monkeypatch.setenv("BNONLY_RUNS", str(tmp_path))
     port = free_port()
-    command = subprocess.Popen([sys.executable, "-m", "bnonly", "explore", "--port", str(port)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    command = subprocess.Popen(
+        [sys.executable, "-m", "bnonly", "explore", "--port", str(port)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     with serving(f"http://127.0.0.1:{port}/voila/static/", command):
         urlopen(f"http://127.0.0.1:{port}", timeout=180).read()   # a kernel
         ours = family(command.pid)
@@ -246,15 +260,27 @@ def lab(page, folder):
     "A copy of the notebook in JupyterLab, all cells run."
     shutil.copy(ROOT / "nbs/14_explore.ipynb", folder)
     at = f"http://127.0.0.1:{(port := free_port())}"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ServerApp.ip=127.0.0.1", "--allow-root",
-               f"--ServerApp.root_dir={folder}", "--IdentityProvider.token=", "--LabApp.news_url=None"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        f"--port={port}",
+        "--ServerApp.ip=127.0.0.1",
+        "--allow-root",
+        f"--ServerApp.root_dir={folder}",
+        "--IdentityProvider.token=",
+        "--LabApp.news_url=None",
+    ]
     with serving(f"{at}/api", subprocess.Popen(command, stderr=subprocess.DEVNULL)):
         page.set_viewport_size(dict(width=1400, height=4000))   # cells out of sight are not drawn
         page.goto(f"{at}/doc/tree/14_explore.ipynb", timeout=120_000)
         page.get_by_text("| Idle").wait_for(timeout=120_000)   # the kernel has started
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
-        page.wait_for_function("/[0-9]/.test([...document.querySelectorAll('.jp-InputPrompt')].at(-1).textContent)", timeout=120_000)   # the last cell has run
+        page.wait_for_function(
+            "/[0-9]/.test([...document.querySelectorAll('.jp-InputPrompt')].at(-1).textContent)", timeout=120_000
+        )  # the last cell has run
         yield
 
 
@@ -277,12 +303,19 @@ def test_the_page_opens_with_its_controls(page, width, columns, monkeypatch, tmp
     with contextmanager(voila)(page, tmp_path):
         page.wait_for_selector("img.widget-image", timeout=120_000)
         page.wait_for_function("[...document.querySelectorAll('img.widget-image')].length == 4")
-        page.wait_for_function("[...document.querySelectorAll('img.widget-image')].every(i => i.complete && i.naturalWidth)")
-        boxes = page.locator("img.widget-image").evaluate_all("all => all.map(i => { const b = i.getBoundingClientRect(); return [b.x, b.y, b.width, b.height] })")
+        page.wait_for_function(
+            "[...document.querySelectorAll('img.widget-image')].every(i => i.complete && i.naturalWidth)"
+        )
+        boxes = page.locator("img.widget-image").evaluate_all(
+            "all => all.map(i => { const b = i.getBoundingClientRect(); return [b.x, b.y, b.width, b.height] })"
+        )
         top = page.locator(".noUi-handle").bounding_box()["y"]
         prose = page.locator("h2").first.bounding_box()["y"]
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert len({round(w) for *_, w, _ in boxes}) == len({round(h) for *_, h in boxes}) == 1 and boxes[0][2] > .4 * width
+        assert (
+            len({round(w) for *_, w, _ in boxes}) == len({round(h) for *_, h in boxes}) == 1
+            and boxes[0][2] > 0.4 * width
+        )
         assert len({round(x) for x, *_ in boxes}) == columns and top < boxes[0][1] < 900 and prose > boxes[-1][1]
         assert "<b" not in page.locator("body").inner_text()
 
@@ -300,9 +333,16 @@ def walk(page, start):
         before = page.locator("img.widget-image").evaluate_all("all => all.map(i => i.src)")
         page.locator(".noUi-handle").focus()
         page.keyboard.press("ArrowRight")
-        page.wait_for_function("old => document.querySelector('img.widget-image').src !== old", arg=before[0], timeout=30_000)
+        page.wait_for_function(
+            "old => document.querySelector('img.widget-image').src !== old", arg=before[0], timeout=30_000
+        )
         page.wait_for_function(f"document.querySelector('b.share').textContent === '{expected(t)[0]}'", timeout=30_000)
         assert say("accuracy") == expected(t)[1]
         after = page.locator("img.widget-image").evaluate_all("all => all.map(i => i.src)")
-        assert [a != b for a, b in zip(before, after)] == [True, True, False, False]   # gamma and beta, clamping; not the map, not the curves
+        assert [a != b for a, b in zip(before, after)] == [
+            True,
+            True,
+            False,
+            False,
+        ]  # gamma and beta, clamping; not the map, not the curves
     assert page.locator("img.widget-image").evaluate_all("all => all.every(i => i.naturalWidth > 300)")

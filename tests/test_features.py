@@ -54,7 +54,7 @@ def test_roles_say_what_follows_a_normalization(model):
 
 
 def test_channels_of_every_normalization_are_there():
-    for arch, expected in dict(resnet14=560, vgg11=2752, resnet50=26_560).items():   # half of Table 1's and C.1's counts
+    for arch, expected in dict(resnet14=560, vgg11=2752, resnet50=26_560).items():  # half of Table 1's and C.1's counts
         assert len(affine_table(create_model(arch, 10))["gamma"]) == expected
 
 
@@ -149,7 +149,7 @@ def test_clamping_counts_by_arithmetic(model):
     found = dict(zip(curve["threshold"].tolist(), curve["clamped"].tolist()))
     assert [found[float(np.float32(t))] for t in (0, .01, .05, .1)] == [0, 84, 126, 168]
     assert curve["correct"][0] == len(IMAGES) and (curve["correct"] <= len(IMAGES)).all()
-    assert len(passes) == len({c for c in found.values() if c > 84})      # nothing changes where only zeros are set to zero
+    assert len(passes) == len({c for c in found.values() if c > 84})  # nothing changes where only zeros are set to zero
 
 
 def test_what_is_kept_agrees_with_the_record(study):
@@ -229,8 +229,13 @@ def test_an_empty_study_gives_empty_tables():
 def table(**columns):
     "Channels as the figures read them: one run a combination of policy, seed and weight decay."
     from dataclasses import asdict
-    rows = [asdict(Spec(arch="resnet20", policy=p, seed=s, weight_decay=w)) | dict(images="toy", study="toy", folder=f"x/{p}{s}{w}")
-            for p, w in (("bn", 1e-4), ("bn", 0.), ("all", 1e-4)) for s in (0, 1)]
+
+    rows = [
+        asdict(Spec(arch="resnet20", policy=p, seed=s, weight_decay=w))
+        | dict(images="toy", study="toy", folder=f"x/{p}{s}{w}")
+        for p, w in (("bn", 1e-4), ("bn", 0.0), ("all", 1e-4))
+        for s in (0, 1)
+    ]
     import pandas as pd
     return pd.concat([pd.DataFrame(columns).assign(**r) for r in rows], ignore_index=True)
 
@@ -243,22 +248,32 @@ def test_shares_of_small_gammas_and_silent_relus():
     toy = table(layer=0, role=0, gamma=[0., -.009, .02, .06, -.5], beta=0., zero=[1., .99, .5, 0., np.nan])
     shares = small_gammas(toy)
     assert len(shares) == 6*3 and set(shares[shares.threshold == "0.01"].share) == {40.}
-    assert set(shares[shares.threshold == "0.05"].share) == {60.} and set(shares[shares.threshold == "0.1"].share) == {80.}
+    assert set(shares[shares.threshold == "0.05"].share) == {60.0} and set(shares[shares.threshold == "0.1"].share) == {
+        80.0
+    }
     assert set(silent(toy).share) == {25.}
-    assert activity(toy).xs(("resnet20", "bn"), level=("arch", "policy")).iloc[0][["silent", "on", "between", "n"]].tolist() == [25., 25., 25., 2.]
+    assert activity(toy).xs(("resnet20", "bn"), level=("arch", "policy")).iloc[0][
+        ["silent", "on", "between", "n"]
+    ].tolist() == [25.0, 25.0, 25.0, 2.0]
     assert set(plain(toy).weight_decay) == {1e-4}
 
 
 def test_always_on_is_not_often_on():
     from bnonly.activations import activity
     toy = table(layer=0, role=0, gamma=1., beta=0., zero=[0., .009, .02, .05, .1, .7, .71, .99, .991, 1.])
-    assert activity(toy).xs(("resnet20", "bn"), level=("arch", "policy")).iloc[0][["silent", "on", "between"]].tolist() == [20., 20., 20.]
+    assert activity(toy).xs(("resnet20", "bn"), level=("arch", "policy")).iloc[0][
+        ["silent", "on", "between"]
+    ].tolist() == [20.0, 20.0, 20.0]
 
 
 def test_the_network_shown_alone_is_the_papers_or_the_deepest():
     from bnonly.affine import case
     import pandas as pd
-    toy = pd.DataFrame([dict(arch=a, policy=p) for a in ("resnet8", "resnet110", "resnet218") for p in ("all", "bn")] + [dict(arch="resnet866", policy="bn")])
+
+    toy = pd.DataFrame(
+        [dict(arch=a, policy=p) for a in ("resnet8", "resnet110", "resnet218") for p in ("all", "bn")]
+        + [dict(arch="resnet866", policy="bn")]
+    )
     assert [case(toy, "ResNet", a) for a in ("resnet110", "resnet434")] == ["resnet110", "resnet218"]
 
 
@@ -289,8 +304,15 @@ def test_figures_without_runs_say_so_in_words():
     import matplotlib.pyplot as plt
     from bnonly import activations, affine
     none, cut = channels("no such study"), clamped("no such study")
-    figures = [affine.fig04(none), affine.fig05(none), affine.fig06(cut), affine.fig_decay(none, cut), activations.fig07(none),
-               *(affine.distributions(none, n) for n in affine.DISTRIBUTIONS), *(activations.frequencies(none, n) for n in activations.FREQUENCIES)]
+    figures = [
+        affine.fig04(none),
+        affine.fig05(none),
+        affine.fig06(cut),
+        affine.fig_decay(none, cut),
+        activations.fig07(none),
+        *(affine.distributions(none, n) for n in affine.DISTRIBUTIONS),
+        *(activations.frequencies(none, n) for n in activations.FREQUENCIES),
+    ]
     assert len(figures) == 5 + 8 + 3
     for fig in figures:
         assert len(fig.axes) == 1 and len(fig.axes[0].texts[0].get_text()) > 20
@@ -299,22 +321,35 @@ def test_figures_without_runs_say_so_in_words():
 
 def test_a_figure_names_the_runs_it_lacks():
     from bnonly.affine import fig05, fig_decay, lacks
-    plan = [Spec(arch=a, policy=p) for a in ("resnet20", "wrn14-2") for p in ("bn", "all", "random2")] + [Spec(arch="resnet20", weight_decay=0.)]
+
+    plan = [Spec(arch=a, policy=p) for a in ("resnet20", "wrn14-2") for p in ("bn", "all", "random2")] + [
+        Spec(arch="resnet20", weight_decay=0.0)
+    ]
     none = channels("no such study")
     assert lacks(plan, none, "ResNet") == ["planned and not measured yet: all of resnet20; bn of resnet20"]
     assert "wrn14-2" in lacks(plan, none, "WRN")[0] and lacks(plan, none, "VGG") == ["no network of the family: VGG"]
     assert "all of resnet20, wrn14-2" in fig05(none, plan).axes[0].texts[0].get_text()
-    assert "weight_decay=0.0" in fig_decay(none, clamped("no such study"), plan).axes[0].texts[0].get_text().replace("\n", "")
+    assert "weight_decay=0.0" in fig_decay(none, clamped("no such study"), plan).axes[0].texts[0].get_text().replace(
+        "\n", ""
+    )
 
 
-@pytest.mark.parametrize("changes,reach", [((-.4, .2), (-.48, .24)), ((0., 0.), (-.1, .1)), ((-1.1, .1), (-8, .5)), ((-30., 2.), (-8, 2.4))])
+@pytest.mark.parametrize(
+    "changes,reach",
+    [((-0.4, 0.2), (-0.48, 0.24)), ((0.0, 0.0), (-0.1, 0.1)), ((-1.1, 0.1), (-8, 0.5)), ((-30.0, 2.0), (-8, 2.4))],
+)
 def test_small_changes_of_accuracy_can_be_read(changes, reach):
     "Within a point the axis is that of the bars, else the paper's."
     import matplotlib.pyplot as plt
     import pandas as pd
     from bnonly.affine import fig06
     from bnonly.features import THRESHOLDS
-    rows = [dict(Spec(policy=p, data="cifar10").__dict__, threshold=t, change=c, images="x", folder=p) for p, c in zip(("bn", "all"), changes) for t in THRESHOLDS]
+
+    rows = [
+        dict(Spec(policy=p, data="cifar10").__dict__, threshold=t, change=c, images="x", folder=p)
+        for p, c in zip(("bn", "all"), changes)
+        for t in THRESHOLDS
+    ]
     fig = fig06(pd.DataFrame(rows))
     assert fig.axes[0].get_ylim() == pytest.approx(reach)
     plt.close(fig)

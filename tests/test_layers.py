@@ -11,14 +11,27 @@ from torch import nn
 
 from bnonly.data import load_data, loaders
 from bnonly.experiment import Spec
-from bnonly.layers import BatchNormAct, Chain, Conv2d, Linear, MaxPool2d, Prepared, Stage, has_sparse_weight, prepare_layers
+from bnonly.layers import (
+    BatchNormAct,
+    Chain,
+    Conv2d,
+    Linear,
+    MaxPool2d,
+    Prepared,
+    Stage,
+    has_sparse_weight,
+    prepare_layers,
+)
 from bnonly.models import BasicBlock, create_model
 from bnonly.native import kernels, pytorch_convolves_bfloat16
 from bnonly.policies import RandomEntries, freeze, trainable
 from bnonly.train import fit, loss_func, prepare, sgd
 
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="no C++ compiler here, so there are no kernels to test")
-needs_winograd16 = pytest.mark.skipif(not kernels() or pytorch_convolves_bfloat16() == "all", reason="no kernels here, or AMX, which needs no Winograd for bfloat16")
+needs_winograd16 = pytest.mark.skipif(
+    not kernels() or pytorch_convolves_bfloat16() == "all",
+    reason="no kernels here, or AMX, which needs no Winograd for bfloat16",
+)
 BIG = dict(memory_format=torch.channels_last)
 
 
@@ -64,7 +77,10 @@ def test_a_frozen_weight_is_packed_when_it_is_prepared(dtype):
 
 @needs_kernels
 def test_a_weight_that_trains_after_all_is_read_at_every_step():
-    layer, x = prepare_layers(Conv2d(32, 32, 3, padding=1, bias=False).requires_grad_(False), torch.float32), images(64, 32, 6, 6)
+    layer, x = (
+        prepare_layers(Conv2d(32, 32, 3, padding=1, bias=False).requires_grad_(False), torch.float32),
+        images(64, 32, 6, 6),
+    )
     layer(x)
     layer.weight.requires_grad_()
     layer(x).square().sum().backward()
@@ -87,12 +103,24 @@ def test_a_bfloat16_weight_that_a_fused_optimizer_moves_is_read_anew():
 def test_a_frozen_convolution_is_the_one_it_was():
     "Whatever its padding, groups and dilation."
     x = images(2, 4, 6, 6)
-    for how in (dict(padding=1, padding_mode="circular"), dict(padding="same"), dict(padding=1, groups=2), dict(padding=2, dilation=2), dict(kernel_size=1, stride=2)):
+    for how in (
+        dict(padding=1, padding_mode="circular"),
+        dict(padding="same"),
+        dict(padding=1, groups=2),
+        dict(padding=2, dilation=2),
+        dict(kernel_size=1, stride=2),
+    ):
         layer = Conv2d(4, 4, **dict(kernel_size=3) | how).to(**BIG).requires_grad_(False)
         want = layer(x)
         layer = prepare_layers(layer, torch.float32)
         with torch.inference_mode(): torch.testing.assert_close(layer(x), want)
-        torch.testing.assert_close(*(torch.autograd.grad(m(one).square().sum(), one)[0] for m in (layer, nn.Conv2d.forward.__get__(layer)) for one in [x.clone().requires_grad_()]))
+        torch.testing.assert_close(
+            *(
+                torch.autograd.grad(m(one).square().sum(), one)[0]
+                for m in (layer, nn.Conv2d.forward.__get__(layer))
+                for one in [x.clone().requires_grad_()]
+            )
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,8 +131,17 @@ def test_a_linear_layer_computes_in_its_dtype(dtype):
 
 # A few entries
 
-@pytest.mark.parametrize("layer", [Conv2d(4, 4, 3, groups=2, bias=False), Conv2d(4, 4, 3, dilation=2, bias=False), Conv2d(4, 4, (1, 3), bias=False), Conv2d(4, 4, 3, padding="same", bias=False),
-                                   Linear(4, 4), Conv2d(4, 4, 3, padding=1, padding_mode="circular", bias=False)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Conv2d(4, 4, 3, groups=2, bias=False),
+        Conv2d(4, 4, 3, dilation=2, bias=False),
+        Conv2d(4, 4, (1, 3), bias=False),
+        Conv2d(4, 4, 3, padding="same", bias=False),
+        Linear(4, 4),
+        Conv2d(4, 4, 3, padding=1, padding_mode="circular", bias=False),
+    ],
+)
 def test_a_layer_whose_geometry_the_operators_do_not_know_keeps_its_definition(layer):
     layer, x = copy.deepcopy(layer), torch.randn(4, 4) if isinstance(layer, nn.Linear) else images(2, 4, 5, 5)
     nn.utils.parametrize.register_parametrization(layer, "weight", RandomEntries(layer.weight, torch.arange(3)))
@@ -151,7 +188,9 @@ def blocks(n, channels, dtype=torch.float32, policy="bn"):
     "Frozen but for what trains by the policy, and with BatchNorms that have seen other images."
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        m = freeze(Stage(*(BasicBlock(channels, channels, 1) for _ in range(n))), policy, output=()).to(dtype=dtype, **BIG)
+        m = freeze(Stage(*(BasicBlock(channels, channels, 1) for _ in range(n))), policy, output=()).to(
+            dtype=dtype, **BIG
+        )
         for t in (*m.parameters(), *m.buffers()):
             if t.dim() == 1: t.data.uniform_(.5, 1.5)
     return m
@@ -163,7 +202,12 @@ def through(m, x, dy):
     y = m(x)
     y.backward(dy)
     found = trainable(m).values()
-    return dict(y=y.detach(), dx=x.grad, gradients=torch.cat([p.grad.flatten() for p in found]), statistics=torch.cat([b.double().flatten() for b in m.buffers()]))
+    return dict(
+        y=y.detach(),
+        dx=x.grad,
+        gradients=torch.cat([p.grad.flatten() for p in found]),
+        statistics=torch.cat([b.double().flatten() for b in m.buffers()]),
+    )
 
 
 def prepared(m): return prepare_layers(m, torch.float32)
@@ -174,7 +218,9 @@ def prepared(m): return prepare_layers(m, torch.float32)
 def test_a_stage_is_one_operator(policy):
     x, dy = torch.randn(2, 16, 16, 8, 8)   # 64 tiles
     plain, fast = blocks(3, 16, policy=policy), prepared(blocks(3, 16, policy=policy))
-    assert operators(copy.deepcopy(fast), x.contiguous(**BIG)) == ["basic_blocks"] and not operators(copy.deepcopy(plain), x.contiguous(**BIG))
+    assert operators(copy.deepcopy(fast), x.contiguous(**BIG)) == ["basic_blocks"] and not operators(
+        copy.deepcopy(plain), x.contiguous(**BIG)
+    )
     want, got = (through(m, x, dy) for m in (plain, fast))
     for k in want: torch.testing.assert_close(got[k], want[k], atol=1e-3, rtol=1e-3)
 
@@ -193,12 +239,24 @@ def twice(f): return lambda *given: 2*f(*given)
 
 
 @needs_kernels
-@pytest.mark.parametrize("change", [
-    lambda m: m.bn1.eval(), lambda m: setattr(m.bn1, "momentum", None), lambda m: setattr(m.bn2, "relu", False),
-    lambda m: setattr(m, "bn1", nn.BatchNorm2d(16)), lambda m: setattr(m, "bn1", nn.GroupNorm(4, 16)), lambda m: setattr(m, "downsample", nn.Sequential()),
-    lambda m: setattr(m.conv2, "forward", twice(m.conv2.forward)), lambda m: setattr(m.downsample, "forward", lambda x: 2*x), lambda m: setattr(m, "forward", twice(m.forward)),
-    lambda m: m.register_forward_hook(lambda m, i, y: 2*y), lambda m: m.bn1.register_forward_hook(lambda m, i, y: 2*y),
-    lambda m: m.conv1.register_forward_pre_hook(lambda m, i: (2*i[0],)), lambda m: nn.utils.parametrizations.weight_norm(m.conv1)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.bn1.eval(),
+        lambda m: setattr(m.bn1, "momentum", None),
+        lambda m: setattr(m.bn2, "relu", False),
+        lambda m: setattr(m, "bn1", nn.BatchNorm2d(16)),
+        lambda m: setattr(m, "bn1", nn.GroupNorm(4, 16)),
+        lambda m: setattr(m, "downsample", nn.Sequential()),
+        lambda m: setattr(m.conv2, "forward", twice(m.conv2.forward)),
+        lambda m: setattr(m.downsample, "forward", lambda x: 2 * x),
+        lambda m: setattr(m, "forward", twice(m.forward)),
+        lambda m: m.register_forward_hook(lambda m, i, y: 2 * y),
+        lambda m: m.bn1.register_forward_hook(lambda m, i, y: 2 * y),
+        lambda m: m.conv1.register_forward_pre_hook(lambda m, i: (2 * i[0],)),
+        lambda m: nn.utils.parametrizations.weight_norm(m.conv1),
+    ],
+)
 def test_blocks_that_are_changed_go_through_their_modules(change):
     x, dy = torch.randn(2, 16, 16, 8, 8)
     plain, fast, watched = blocks(1, 16), prepared(blocks(1, 16)), prepared(blocks(1, 16))
@@ -235,7 +293,11 @@ def test_a_network_without_shortcuts_keeps_no_inputs_either():
     def held(fused):
         model = freeze(create_model("vgg11"), "bn").to(**BIG)
         if fused: prepared(model)
-        weights, seen = {p.data_ptr() for p in model.parameters()} | {t.data_ptr() for m in model.modules() if getattr(m, "packs", None) for t in packs(m)}, {}
+        weights, seen = (
+            {p.data_ptr() for p in model.parameters()}
+            | {t.data_ptr() for m in model.modules() if getattr(m, "packs", None) for t in packs(m)},
+            {},
+        )
         for t in kept(lambda: model(images(8, 3, 32, 32)))[1]:
             if t.data_ptr() not in weights: seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return sum(seen.values())
@@ -249,7 +311,8 @@ def one_step(arch, policy, fused=False, dtype=torch.float32, low=False):
     "The loss of one batch, the gradients, the running statistics, and the logits in evaluation mode, as float64."
     g = torch.Generator().manual_seed(0)
     model = freeze(create_model(arch), policy).to(dtype=dtype, **BIG)
-    if fused or low: prepare_layers(model, torch.bfloat16 if low else dtype, kinds=Prepared if fused else (Conv2d, Linear))
+    if fused or low:
+        prepare_layers(model, torch.bfloat16 if low else dtype, kinds=Prepared if fused else (Conv2d, Linear))
     if low and not fused:
         for m in model.modules(): m.rival = None   # PyTorch's own, in bfloat16
     x, y = torch.randn(16, 3, 32, 32, generator=g).to(dtype).contiguous(**BIG), torch.randint(10, (16,), generator=g)
@@ -262,8 +325,13 @@ def one_step(arch, policy, fused=False, dtype=torch.float32, low=False):
 
 
 @needs_kernels
-@pytest.mark.parametrize("arch,policy", [*(("resnet14", p) for p in ("bn", "all", "all-affine", "random2", "output", "bn+output")),
-                                         *itertools.product(("vgg11", "resnet18", "wrn8-2"), ("bn", "all", "random2"))])
+@pytest.mark.parametrize(
+    "arch,policy",
+    [
+        *(("resnet14", p) for p in ("bn", "all", "all-affine", "random2", "output", "bn+output")),
+        *itertools.product(("vgg11", "resnet18", "wrn8-2"), ("bn", "all", "random2")),
+    ],
+)
 def test_a_prepared_network_is_as_near_to_float64_as_a_plain_one(arch, policy):
     """Losses after some steps cannot be compared: plain float32 and float64 part ways as soon as the prepared ones do.
 
@@ -272,14 +340,19 @@ def test_a_prepared_network_is_as_near_to_float64_as_a_plain_one(arch, policy):
     exact, plain, fused = (one_step(arch, policy, *o) for o in ((False, torch.float64), (False,), (True,)))
     for k, want in exact.items():
         far = lambda got: ((got[k] - want).norm() / want.norm()).item()
-        assert far(fused) <= 3*far(plain) + (1e-2 if k == "gradients" else 3e-6), k   # a loss of float32 has a dozen roundings of 1e-7
+        assert far(fused) <= 3 * far(plain) + (1e-2 if k == "gradients" else 3e-6), (
+            k
+        )  # a loss of float32 has a dozen roundings of 1e-7
 
 
 @needs_winograd16
 @pytest.mark.parametrize("policy", ["bn", "all", "random2"])
 def test_a_step_in_bfloat16_is_as_near_to_float64_as_pytorchs(policy):
     "ResNet-14 at 32 pixels: Winograd's tiles, the first convolution, and those with a stride."
-    exact, plain, fused = (one_step("resnet14", policy, *o) for o in ((False, torch.float64), (False, torch.float32, True), (True, torch.float32, True)))
+    exact, plain, fused = (
+        one_step("resnet14", policy, *o)
+        for o in ((False, torch.float64), (False, torch.float32, True), (True, torch.float32, True))
+    )
     for k, want in exact.items():
         far = lambda got: ((got[k] - want).norm() / want.norm()).item()
         assert far(fused) <= 2*far(plain), k
@@ -313,11 +386,13 @@ def fifty_steps(arch, policy, fast, lr):
 def test_fifty_steps_in_bfloat16_follow_plain_float32(arch, policy):
     """Within two percent of the loss at each step, half a percent on average, and two of the statistics.
 
-    With steps of the paper's size training is chaotic: two plain float32 runs that differ by one rounding part ways too.
-    The steps are so large that without them the losses would be at least twice as far off.
+    With steps of the paper's size training is chaotic: two plain float32 runs that differ by one rounding part ways
+    too. The steps are so large that without them the losses would be at least twice as far off.
     """
     lr = dict(bn=1e-3, all=3e-5, random2=3e-3 if arch == "resnet18" else 1e-2, output=1e-3)[policy]
-    (losses, running, logits), (far_losses, far_running, far_logits) = (fifty_steps(arch, policy, fast, lr) for fast in (False, True))
+    (losses, running, logits), (far_losses, far_running, far_logits) = (
+        fifty_steps(arch, policy, fast, lr) for fast in (False, True)
+    )
     apart = (far_losses - losses).abs() / losses
     still = (fifty_steps(arch, policy, True, 0.)[0] - losses).abs() / losses
     assert 2*apart.mean() < still.mean()
@@ -333,7 +408,9 @@ def test_the_final_accuracy_on_digits_does_not_depend_on_the_kernels(monkeypatch
     for how, dtype in (("fused", torch.bfloat16), ("plain", torch.float32)):
         monkeypatch.setenv("BNONLY_KERNELS", how)
         kernels.cache_clear()
-        found[how] = [fit(Spec(arch="resnet8", seed=s, epochs=16), how, dtype=dtype)["final"]["accuracy"] for s in range(3)]
+        found[how] = [
+            fit(Spec(arch="resnet8", seed=s, epochs=16), how, dtype=dtype)["final"]["accuracy"] for s in range(3)
+        ]
     monkeypatch.undo()
     kernels.cache_clear()
     mean, var = ([f(a) for a in found.values()] for f in (statistics.mean, statistics.variance))
@@ -363,8 +440,16 @@ def test_a_prepared_network_is_a_module_like_any_other(arch, policy):
     plain, fast, x = twins(policy, arch)
     with torch.no_grad():
         want = plain(x)
-        for make in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved, lambda m: torch.jit.trace(m, x), torch.fx.symbolic_trace,
-                     lambda m: torch.export.export(m, (x,)).module(), lambda m: m.double().float(), lambda m: m.to("meta") and fast):
+        for make in (
+            copy.deepcopy,
+            lambda m: pickle.loads(pickle.dumps(m)),
+            saved,
+            lambda m: torch.jit.trace(m, x),
+            torch.fx.symbolic_trace,
+            lambda m: torch.export.export(m, (x,)).module(),
+            lambda m: m.double().float(),
+            lambda m: m.to("meta") and fast,
+        ):
             torch.testing.assert_close(make(copy.deepcopy(fast))(x), want, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(copy.deepcopy(fast).double()(x.double()).float(), want, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(fast(x.contiguous()), want, atol=1e-4, rtol=1e-4)
@@ -374,15 +459,24 @@ def test_a_prepared_network_is_a_module_like_any_other(arch, policy):
 
 @needs_kernels
 @pytest.mark.parametrize("policy", ["bn", "all", "random2"])
-@pytest.mark.parametrize("make", [torch.fx.symbolic_trace, lambda m: torch.compile(m, backend="aot_eager", fullgraph=True),
-                                  lambda m: torch.export.export(m, (images(4, 3, 16, 16),)).module()], ids=["fx", "compile", "export"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.fx.symbolic_trace,
+        lambda m: torch.compile(m, backend="aot_eager", fullgraph=True),
+        lambda m: torch.export.export(m, (images(4, 3, 16, 16),)).module(),
+    ],
+    ids=["fx", "compile", "export"],
+)
 def test_a_prepared_network_trains_through_a_trace(make, policy):
     "The gradients and running statistics of a step of what `torch.fx`, `torch.compile` and `torch.export` make of it."
     if policy == "random2" and "compile" in repr(make): pytest.skip("PyTorch's parametrizations do not compile whole")
     _, fast, x = twins(policy)
     fast.train()
     made = make(other := copy.deepcopy(fast))
-    other = made if dict(made.named_parameters()).keys() == dict(other.named_parameters()).keys() else other   # an export has its own
+    other = (
+        made if dict(made.named_parameters()).keys() == dict(other.named_parameters()).keys() else other
+    )  # an export has its own
     for m in (fast, made): m(x).square().sum().backward()
     found, statistics = trainable(other), dict(other.named_buffers())
     for n, p in trainable(fast).items(): torch.testing.assert_close(found[n].grad, p.grad, atol=1e-3, rtol=1e-3)
@@ -421,7 +515,11 @@ def test_layers_take_what_pytorchs_take():
     "An image alone, a residual by its name, a batch of none."
     x = images(4, 16, 8, 8)
     layers = nn.Sequential(Conv2d(16, 16, 3, padding=1), MaxPool2d(2)).requires_grad_(False)
-    both = [torch.autograd.grad(m(one).square().sum(), one)[0] for m in (layers, prepared(copy.deepcopy(layers))) for one in [x[0].clone().requires_grad_()]]
+    both = [
+        torch.autograd.grad(m(one).square().sum(), one)[0]
+        for m in (layers, prepared(copy.deepcopy(layers)))
+        for one in [x[0].clone().requires_grad_()]
+    ]
     torch.testing.assert_close(*both)
     bn = BatchNormAct(16)
     torch.testing.assert_close(prepared(copy.deepcopy(bn))(x, residual=x), bn(x, residual=x))

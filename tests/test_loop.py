@@ -82,7 +82,11 @@ def test_a_learner_is_saved_exported_and_summarized(trained):
     trained.export("x.pkl")
     with warnings.catch_warnings(action="ignore"): other = load_learner(trained.path/"x.pkl")
     assert all(torch.equal(t, before[n]) for n, t in other.model.state_dict().items())
-    assert len(other.dls.train_ds) == 0 and (trained.path/"x.pkl").stat().st_size < 3e6 and len(trained.dls.train_ds) == 1437
+    assert (
+        len(other.dls.train_ds) == 0
+        and (trained.path / "x.pkl").stat().st_size < 3e6
+        and len(trained.dls.train_ds) == 1437
+    )
     p = other.get_preds(dl=trained.dls.valid)[0]
     assert torch.allclose(p, trained.get_preds()[0], atol=1e-2)
     trained.load("here")
@@ -107,11 +111,31 @@ def callbacks():
     from fastai.callback.hook import ActivationStats
     from fastai.callback.mixup import CutMix, MixUp
     from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
-    from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
+    from fastai.callback.tracker import (
+        EarlyStoppingCallback,
+        ReduceLROnPlateau,
+        SaveModelCallback,
+        TerminateOnNaNCallback,
+    )
     from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
-    return [lambda: SaveModelCallback(monitor="accuracy"), lambda: EarlyStoppingCallback(patience=5), ReduceLROnPlateau, TerminateOnNaNCallback,
-            MixUp, CutMix, lambda: GradientClip(1.), lambda: GradientAccumulation(256), CSVLogger, ProgressCallback, ShowGraphCallback,
-            ActivationStats, lambda: MixedPrecision(), BnFreeze, lambda: ShortEpochCallback(pct=.5)]
+
+    return [
+        lambda: SaveModelCallback(monitor="accuracy"),
+        lambda: EarlyStoppingCallback(patience=5),
+        ReduceLROnPlateau,
+        TerminateOnNaNCallback,
+        MixUp,
+        CutMix,
+        lambda: GradientClip(1.0),
+        lambda: GradientAccumulation(256),
+        CSVLogger,
+        ProgressCallback,
+        ShowGraphCallback,
+        ActivationStats,
+        lambda: MixedPrecision(),
+        BnFreeze,
+        lambda: ShortEpochCallback(pct=0.5),
+    ]
 
 
 @pytest.mark.parametrize("i", range(15))
@@ -119,7 +143,9 @@ def callbacks():
 def test_a_callback_of_fastais_takes_part(i, how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made, digits, spec = callbacks()[i](), load_data("digits"), replace(TINY, epochs=1)
-    few = describe("digits", "few", part(digits.train, torch.arange(300)), part(digits.test, torch.arange(130)), digits.classes)
+    few = describe(
+        "digits", "few", part(digits.train, torch.arange(300)), part(digits.test, torch.arange(130)), digits.classes
+    )
     with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
         if how == "learner": learner(spec, few, made).fit(1)
         else: assert fit(spec, data=few, cbs=made)["status"] == "complete"
@@ -135,7 +161,8 @@ def test_a_record_holds_the_last_epoch_whatever_a_callback_loads():
     "fastai's SaveModelCallback ends with the best epoch's weights; the record's accuracy is the last one's."
     from fastai.callback.tracker import SaveModelCallback
     whole = fit(TINY, "plain")
-    with redirect_stdout(io.StringIO()): best = fit(TINY, "best", cbs=SaveModelCallback(monitor="train_loss", comp=np.greater))
+    with redirect_stdout(io.StringIO()):
+        best = fit(TINY, "best", cbs=SaveModelCallback(monitor="train_loss", comp=np.greater))
     assert best["files"]["moved.safetensors"] == whole["files"]["moved.safetensors"]
     assert (run_dir(TINY, "best")/"models/model.pth").exists()
 
@@ -148,7 +175,9 @@ def test_callbacks_are_told_the_epochs_that_are_done(tmp_path):
     class Watch(Callback):
         order = 62
         def before_fit(self): Watch.seen = []
-        def after_epoch(self): Watch.seen.append((self.epoch, round(float(self.recorder.values[-1][2]), 4), self.train_iter))
+
+        def after_epoch(self):
+            Watch.seen.append((self.epoch, round(float(self.recorder.values[-1][2]), 4), self.train_iter))
     fit(spec, "whole", cbs=[Watch])
     whole = Watch.seen
     with pytest.raises(KeyboardInterrupt): fit(spec, "parts", cbs=[Watch, CSVLogger, Stop(2)])
@@ -160,11 +189,14 @@ def test_callbacks_are_told_the_epochs_that_are_done(tmp_path):
 # What is asked and what is told.
 
 def test_a_record_of_other_callbacks_or_another_dtype_is_refused(caplog):
-    "The field's program 29 would have the run trained again; that would put a finished record aside for a slip, so it is refused."
+    """The field's program 29 would have the run trained again; that would put a finished record aside for a slip, so
+    it is refused."""
     from fastai.callback.mixup import MixUp
     record = fit(TINY, dtype=torch.float32)
-    with pytest.raises(ValueError, match="was trained with no callbacks, not with MixUp; name another study"): fit(TINY, cbs=[MixUp(.8)])
-    with pytest.raises(ValueError, match="was trained in float32, not in bfloat16; name another study"): fit(TINY, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="was trained with no callbacks, not with MixUp; name another study"):
+        fit(TINY, cbs=[MixUp(0.8)])
+    with pytest.raises(ValueError, match="was trained in float32, not in bfloat16; name another study"):
+        fit(TINY, dtype=torch.bfloat16)
     assert fit(TINY, dtype=torch.float32) == fit(TINY) == record
     mixed = fit(TINY, "mixed", cbs=[MixUp(.8)])
     assert mixed["callbacks"] == ["MixUp"] and fit(TINY, "mixed", cbs=MixUp) == mixed
@@ -189,15 +221,24 @@ def test_a_last_batch_of_one_is_found_where_a_part_is_held_out():
 
 def test_a_single_image_cannot_be_trained_on():
     digits = load_data("digits")
-    one = describe("digits", "one", replace(digits.train, x=digits.train.x[:1], y=digits.train.y[:1]), digits.test, digits.classes)
-    with pytest.raises(ValueError, match="batch_size 128 leaves a batch with fewer than 2 images; the nearest that does not is none"):
+    one = describe(
+        "digits", "one", replace(digits.train, x=digits.train.x[:1], y=digits.train.y[:1]), digits.test, digits.classes
+    )
+    with pytest.raises(
+        ValueError, match="batch_size 128 leaves a batch with fewer than 2 images; the nearest that does not is none"
+    ):
         learner(Spec(arch="mlp2-10"), one)
 
 
-@pytest.mark.parametrize("images, size, processes, least, near", [(15, 2, 2, 1, "3"), (15, 7, 2, 1, "6"), (15, 6, 2, 2, "5"), (15, 6, 2, 1, None), (5, 4, 1, 2, "3")])
+@pytest.mark.parametrize(
+    "images, size, processes, least, near",
+    [(15, 2, 2, 1, "3"), (15, 7, 2, 1, "6"), (15, 6, 2, 2, "5"), (15, 6, 2, 1, None), (5, 4, 1, 2, "3")],
+)
 def test_the_nearest_batch_size_that_can_be_shared(images, size, processes, least, near):
     if near is None: return check_batches(images, size, processes, least)
-    with pytest.raises(ValueError, match=f"batch_size {size} leaves a batch with fewer than .*; the nearest that does not is {near}"):
+    with pytest.raises(
+        ValueError, match=f"batch_size {size} leaves a batch with fewer than .*; the nearest that does not is {near}"
+    ):
         check_batches(images, size, processes, least)
     check_batches(images, int(near), processes, least)
 
@@ -229,7 +270,9 @@ def test_a_checkpoint_has_the_form_it_always_had():
     names = set(moved(learner(replace(TINY, policy="all")).model))
     assert {n for n in tensors if n.startswith("moved/")} == {f"moved/{n}" for n in names}
     assert {n.partition("/")[0] for n in tensors} == {"moved", "momentum"}
-    assert digest({"a": torch.ones(2)}, {"b": "c"}) == "2122669c5f1a353ef514471984074efa723f64bf3c748c0c9d549432caff3fb3"
+    assert (
+        digest({"a": torch.ones(2)}, {"b": "c"}) == "2122669c5f1a353ef514471984074efa723f64bf3c748c0c9d549432caff3fb3"
+    )
 
 
 def test_checkpoints_of_unfinished_runs_in_the_repository_can_be_read(monkeypatch):
@@ -250,16 +293,24 @@ def test_checkpoints_of_unfinished_runs_in_the_repository_can_be_read(monkeypatc
 
 def lines(code, **env):
     import os
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, env=os.environ | env)
+
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, env=os.environ | env
+    )
     return done.stderr.splitlines(), done.stdout
 
 
 def test_a_run_says_what_it_trains_each_epoch_and_its_result():
-    said, out = lines("from bnonly.experiment import Spec; from bnonly.train import fit; fit(Spec(arch='resnet8', epochs=2), device='cpu')")
+    said, out = lines(
+        """from bnonly.experiment import Spec; from bnonly.train import fit; fit(Spec(arch='resnet8', epochs=2),
+        device='cpu')"""
+    )
     assert out == "" and len(said) == 4
     assert said[0].startswith("resnet8, bn on digits: 672 parameters train for 2 epochs, in ")
     assert [": epoch 1/2, accuracy " in said[1], ": epoch 2/2, accuracy " in said[2]] == [True, True]
-    assert said[3].startswith("resnet8,bn,digits,epochs=2,seed=0: complete, accuracy ") and said[3].endswith("% after 2 epochs on digits")
+    assert said[3].startswith("resnet8,bn,digits,epochs=2,seed=0: complete, accuracy ") and said[3].endswith(
+        "% after 2 epochs on digits"
+    )
 
 
 def test_a_learner_says_it_too_and_a_program_may_say_where():
@@ -281,12 +332,15 @@ def test_a_sweeps_worker_says_nothing(capsys):
 
 
 def test_on_a_terminal_there_is_a_bar():
-    code = ("import pty, os, sys; from bnonly.experiment import Spec\n"
-            "pid, fd = pty.fork()\n"
-            "if not pid:\n    from bnonly.train import fit; fit(Spec(arch='resnet8', epochs=1), device='cpu'); os._exit(0)\n"
-            "said = b''\n"
-            "try:\n    while part := os.read(fd, 1 << 16): said += part\n"
-            "except OSError: pass\n"
-            "sys.stdout.buffer.write(said)")
+    code = (
+        "import pty, os, sys; from bnonly.experiment import Spec\n"
+        "pid, fd = pty.fork()\n"
+        """if not pid:\n    from bnonly.train import fit; fit(Spec(arch='resnet8', epochs=1), device='cpu');
+        os._exit(0)\n"""
+        "said = b''\n"
+        "try:\n    while part := os.read(fd, 1 << 16): said += part\n"
+        "except OSError: pass\n"
+        "sys.stdout.buffer.write(said)"
+    )
     said = lines(code)[1]
     assert "672 parameters train" in said and "%" in said and "valid_loss" in said and "complete, accuracy" in said

@@ -16,14 +16,25 @@ from fastai.callback.core import Callback
 from test_train import Stop
 from torch.nn import functional as F
 
-RUN = Spec(arch="mlp2-40", policy="gamma", epochs=60, patience=2, lr=.3, schedule="constant", weight_decay=0, bn_init="symmetric")
+RUN = Spec(
+    arch="mlp2-40",
+    policy="gamma",
+    epochs=60,
+    patience=2,
+    lr=0.3,
+    schedule="constant",
+    weight_decay=0,
+    bn_init="symmetric",
+)
 
 
 @pytest.mark.parametrize("depth,width", [(2, 10), (4, 784), (14, 100)])
 def test_counts_by_arithmetic(depth, width):
     model = create_model(f"mlp{depth}-{width}", in_channels=1)
     weights, units = 784*width + (depth-1)*width**2, depth*width
-    assert counts(model).total.drop("all").to_dict() == dict(conv=weights, bn=2*units, norm=0, shortcut=0, output=10*width + 10)
+    assert counts(model).total.drop("all").to_dict() == dict(
+        conv=weights, bn=2 * units, norm=0, shortcut=0, output=10 * width + 10
+    )
     assert mlp.sizes(f"mlp{depth}-{width}") == dict(weights=weights, gamma=units, beta=units, output=10*width + 10)
     trains = lambda policy: counts(freeze(create_model(f"mlp{depth}-{width}", in_channels=1), policy)).trainable["all"]
     assert trains("gamma") == trains("scattered1") == units
@@ -37,15 +48,21 @@ def test_lenet_has_lecuns_numbers():
     assert counts(freeze(create_model("lenet5", in_channels=1), "gamma")).trainable["all"] == 6 + 16 + 120 + 84
 
 
-@pytest.mark.parametrize("norm,policy", [("batch", p) for p in ("gamma", "bn", "all-beta", "all", "scattered1", "gamma+output")]
-                         + [("affine", "gamma"), ("affine", "bn"), ("none", "all"), ("none", "scattered1")])
+@pytest.mark.parametrize(
+    "norm,policy",
+    [("batch", p) for p in ("gamma", "bn", "all-beta", "all", "scattered1", "gamma+output")]
+    + [("affine", "gamma"), ("affine", "bn"), ("none", "all"), ("none", "scattered1")],
+)
 @pytest.mark.parametrize("arch", ["mlp3-20", "lenet5"])
 def test_only_what_may_move_moves(arch, norm, policy):
     "Twenty steps with momentum 0.9 and decay 0.5: what is free has moved, everything else is the same bits."
     bn_init = "positive" if norm == "affine" else "symmetric"   # beta 1: no ReLU is silent from the start
     model = freeze(create_model(arch, in_channels=1, bn_init=bn_init, norm=norm, size=16), policy)
     before, may, g = dense(model), free(model), torch.Generator().manual_seed(0)
-    x, opt = torch.randn(8, 1, 16, 16, generator=g), torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=.1, momentum=.9, weight_decay=.5)
+    x, opt = (
+        torch.randn(8, 1, 16, 16, generator=g),
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=0.5),
+    )
     for _ in range(20):
         opt.zero_grad()
         F.cross_entropy(model(x), torch.arange(8)).backward()
@@ -62,7 +79,10 @@ def test_beta_rests_at_zero_where_it_is_switched_off():
 
 def test_gamma_and_beta_alone_are_what_they_say():
     "One layer without normalization beside its formula."
-    model, x = create_model("mlp1-20", in_channels=1, bn_init="symmetric", norm="affine", size=4), torch.randn(3, 1, 4, 4)
+    model, x = (
+        create_model("mlp1-20", in_channels=1, bn_init="symmetric", norm="affine", size=4),
+        torch.randn(3, 1, 4, 4),
+    )
     with torch.no_grad():
         model.norm[0].bias.normal_()
         hidden = (x.flatten(1) @ model.linear[0].weight.T * model.norm[0].weight + model.norm[0].bias).relu()
@@ -81,7 +101,10 @@ def test_a_run_ends_when_the_held_out_loss_has_not_fallen():
     record, table = fit(RUN), pd.read_csv(run_dir(RUN) / "metrics.csv")
     assert record["status"] == "complete" and record["final"]["epoch"] == len(table) < RUN.epochs
     best = table.held_out_loss.cummin()
-    since = table.index.to_series() - table.index.to_series().where(table.held_out_loss.eq(best) & best.diff().ne(0)).ffill()
+    since = (
+        table.index.to_series()
+        - table.index.to_series().where(table.held_out_loss.eq(best) & best.diff().ne(0)).ffill()
+    )
     assert since.iloc[-1] == RUN.patience and (since.iloc[:-1] < RUN.patience).all()
 
 
@@ -116,7 +139,9 @@ def test_held_out_images_are_neither_trained_nor_tested_on():
     assert len(rest.train) + len(held.test) == len(data.train) and rest.test is data.test
     rows = lambda images: sorted(map(bytes, images.x.flatten(1).numpy()))
     assert sorted(rows(rest.train) + rows(held.test)) == rows(data.train)
-    assert torch.equal(hold_out(data, seed=1)[1].test.x, held.test.x) and not torch.equal(hold_out(data, seed=2)[1].test.x, held.test.x)
+    assert torch.equal(hold_out(data, seed=1)[1].test.x, held.test.x) and not torch.equal(
+        hold_out(data, seed=2)[1].test.x, held.test.x
+    )
 
 
 @pytest.mark.parametrize("norm,policy", [("batch", "gamma"), ("none", "scattered1"), ("affine", "bn")])
@@ -134,13 +159,41 @@ def test_restored_networks_give_the_same_logits_and_can_be_analysed(norm, policy
     assert len(channels("scratch")) == (0 if norm == "none" else 2*40)
 
 
-BN, RANDOM, ALL, PLAIN = (("gamma", "batch", "symmetric"), ("scattered1", "batch", "ones"), ("all-beta", "batch", "symmetric"), ("all", "none", "uniform"))
+BN, RANDOM, ALL, PLAIN = (
+    ("gamma", "batch", "symmetric"),
+    ("scattered1", "batch", "ones"),
+    ("all-beta", "batch", "symmetric"),
+    ("all", "none", "uniform"),
+)
 
 
 def runs(values, **columns):
     "A table of runs from {(arch, line): accuracies of its seeds}."
-    rows = [dict(asdict(Spec(arch=a, policy=line[0], norm=line[1], bn_init=line[2], data="mnist", epochs=100, patience=3, lr=.01, schedule="constant", weight_decay=0, seed=s)), status="complete",
-                 accuracy=v, images="MNIST", **columns) for (a, line), vs in values.items() for s, v in enumerate(vs)]
+    rows = [
+        dict(
+            asdict(
+                Spec(
+                    arch=a,
+                    policy=line[0],
+                    norm=line[1],
+                    bn_init=line[2],
+                    data="mnist",
+                    epochs=100,
+                    patience=3,
+                    lr=0.01,
+                    schedule="constant",
+                    weight_decay=0,
+                    seed=s,
+                )
+            ),
+            status="complete",
+            accuracy=v,
+            images="MNIST",
+            **columns,
+        )
+        for (a, line), vs in values.items()
+        for s, v in enumerate(vs)
+    ]
     return pd.DataFrame(rows)
 
 
@@ -149,7 +202,9 @@ def said(id, table):
 
 
 def test_a_dozen_claims_of_henriksboes():
-    assert len(cl.HENRIKSBOE) >= 12 and cl.ledger(pd.DataFrame(), cl.HENRIKSBOE).place.str.startswith("Henriksboe, ").all()
+    assert (
+        len(cl.HENRIKSBOE) >= 12 and cl.ledger(pd.DataFrame(), cl.HENRIKSBOE).place.str.startswith("Henriksboe, ").all()
+    )
     assert cl.claims_of("mlp") is cl.HENRIKSBOE and not {c.id for c in cl.HENRIKSBOE} & {c.id for c in cl.CLAIMS}
     assert set(cl.ledger(pd.DataFrame(), cl.HENRIKSBOE).verdict) == {"not measured"}
 
@@ -157,7 +212,9 @@ def test_a_dozen_claims_of_henriksboes():
 MLP = " on MNIST, 100 epochs, unlike his notebook in rate drop, epoch kept, input scale and random weights"
 
 
-@pytest.mark.parametrize("value,verdict", [(95, "holds"), (93.1, "holds"), (92.9, "does not hold"), (97.1, "does not hold")])
+@pytest.mark.parametrize(
+    "value,verdict", [(95, "holds"), (93.1, "holds"), (92.9, "does not hold"), (97.1, "does not hold")]
+)
 def test_about_95_at_width_784(value, verdict):
     table = runs({(a, BN): (value,)*2 for a in mlp.mlps(784)[1:]})
     assert said("mlp784-95", table) == verdict + MLP   # never "reproduced": his notebook has another recipe
@@ -182,9 +239,16 @@ UNTOLD = "a LeNet of which the report gives neither activation nor BatchNorms"  
 
 
 def test_other_runs_of_the_same_network_do_not_count():
-    others = {("mlp4-784", ("bn", "batch", "symmetric")): (95,), ("mlp4-784", ("gamma", "affine", "symmetric")): (95,), ("mlp4-784", ("gamma", "batch", "ones")): (95,)}
+    others = {
+        ("mlp4-784", ("bn", "batch", "symmetric")): (95,),
+        ("mlp4-784", ("gamma", "affine", "symmetric")): (95,),
+        ("mlp4-784", ("gamma", "batch", "ones")): (95,),
+    }
     assert said("mlp784-95", runs(others)) == "not measured"
-    assert said("lenet-bn", runs({("lenet5", BN): (30, 30)}).assign(weight_decay=1e-4)) == f"holds on MNIST, 100 epochs, weight_decay=0.0001, {UNTOLD}"
+    assert (
+        said("lenet-bn", runs({("lenet5", BN): (30, 30)}).assign(weight_decay=1e-4))
+        == f"holds on MNIST, 100 epochs, weight_decay=0.0001, {UNTOLD}"
+    )
 
 
 def test_lenet_at_thirty():
@@ -204,16 +268,26 @@ def test_differences_of_differences():
 
 
 def test_figures_say_what_is_missing():
-    plan = [Spec(arch=a, policy="gamma", bn_init="symmetric", data="mnist", seed=s) for a in ("mlp2-10", "mlp4-10") for s in (0, 1)]
+    plan = [
+        Spec(arch=a, policy="gamma", bn_init="symmetric", data="mnist", seed=s)
+        for a in ("mlp2-10", "mlp4-10")
+        for s in (0, 1)
+    ]
     plan += [Spec(arch="mlp2-10", norm="none", policy="all", data="mnist")]
     table = pd.DataFrame([dict(asdict(plan[0]), status="complete", accuracy=30., images="MNIST", folder=plan[0].key)])
     def words(plan):
         fig = mlp.depth_figure(table, 10, plan)
         return " ".join(" ".join(t.get_text() for t in fig.texts).split()) + fig.get_label()
     assert "1 of 2 planned runs of this figure are not measured; every point has at least one." in words(plan[:2])
-    assert "4 of 5 planned runs of this figure are not measured; none for “All parameters, without BatchNorm”; “BatchNorm only” (mlp4-10)." in words(plan)
+    assert (
+        """4 of 5 planned runs of this figure are not measured; none for “All parameters, without BatchNorm”;
+        “BatchNorm only” (mlp4-10)."""
+        in words(plan)
+    )
     assert "Every planned run of this figure is complete." in words(plan[:1])
-    assert "plans none of these runs" in " ".join(t.get_text() for t in mlp.depth_figure(table, 784, plan).axes[0].texts)
+    assert "plans none of these runs" in " ".join(
+        t.get_text() for t in mlp.depth_figure(table, 784, plan).axes[0].texts
+    )
     assert "runs" not in words([])
     table = pd.concat([table, table.assign(arch="mlp4-10", status="diverged", folder=plan[2].key)])
     assert "(mlp4-10)" in words(plan)
@@ -222,13 +296,24 @@ def test_figures_say_what_is_missing():
 def test_a_line_is_dotted_across_depths_that_are_not_measured():
     fig = mlp.depth_figure(runs({(f"mlp{d}-20", BN): (60., 62.) for d in (2, 4, 8)}), 20)
     line, = [c.lines[0] for c in fig.axes[0].containers]
-    assert dict(zip(line.get_xdata(), line.get_ydata())) == pytest.approx({2: 61, 4: 61, 6: float("nan"), 8: 61}, nan_ok=True)
-    assert "dotted" in fig.get_label() and drawn(fig).query("kind == 'line' and label == 'BatchNorm only'").x.tolist() == [2, 4, 8]
+    assert dict(zip(line.get_xdata(), line.get_ydata())) == pytest.approx(
+        {2: 61, 4: 61, 6: float("nan"), 8: 61}, nan_ok=True
+    )
+    assert "dotted" in fig.get_label() and drawn(fig).query(
+        "kind == 'line' and label == 'BatchNorm only'"
+    ).x.tolist() == [2, 4, 8]
     whole = mlp.depth_figure(runs({(a, BN): (60., 62.) for a in mlp.mlps(20)}), 20)
     assert "dotted" not in whole.get_label() and len(whole.axes) == 1
 
 
 def test_lines_upon_each_other_are_shown_once_more():
-    table = runs({(f"mlp{d}-20", line): (v, v + .2) for d in (2, 4) for line, v in ((BN, 60.), (ALL, 97.2), (PLAIN, 96.9))})
+    table = runs(
+        {(f"mlp{d}-20", line): (v, v + 0.2) for d in (2, 4) for line, v in ((BN, 60.0), (ALL, 97.2), (PLAIN, 96.9))}
+    )
     above, below = mlp.depth_figure(table, 20).axes
-    assert above.get_ylim() == (96, 98) and len(above.containers) == 2 and below.get_ylim() == (0, 101) and len(below.containers) == 3
+    assert (
+        above.get_ylim() == (96, 98)
+        and len(above.containers) == 2
+        and below.get_ylim() == (0, 101)
+        and len(below.containers) == 3
+    )

@@ -10,11 +10,14 @@ ARCHS = ["resnet14", "wrn14-2", "vgg11", "resnet18", "resnet50"]
 
 @pytest.mark.parametrize("depth", [18, 50])
 def test_imagenet_resnets_are_torchvisions(depth):
-    "torchvision's weights in our modules give torchvision's logits, up to rounding: strided 1x1 convolutions read every other pixel first."
+    """torchvision's weights in our modules give torchvision's logits, up to rounding: strided 1x1 convolutions read
+    every other pixel first."""
     tv = pytest.importorskip("torchvision.models")
     theirs = getattr(tv, f"resnet{depth}")(weights=None)
     ours = create_model(f"resnet{depth}", num_classes=1000)
-    renamed = {(f"layers.{int(n[5])-1}{n[6:]}" if n.startswith("layer") else n): t for n, t in theirs.state_dict().items()}
+    renamed = {
+        (f"layers.{int(n[5]) - 1}{n[6:]}" if n.startswith("layer") else n): t for n, t in theirs.state_dict().items()
+    }
     assert set(renamed) == set(ours.state_dict())
     ours.load_state_dict(renamed)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -30,8 +33,11 @@ def digest(arch, init, seed=0):
 
 def test_weights_do_not_depend_on_threads_or_instruction_set():
     "The same bits of every initialization from one thread as from two, and with and without AVX."
-    code = f"import sys, torch; sys.path.insert(0, {os.path.dirname(__file__)!r}); torch.set_num_threads(int(sys.argv[1])); " \
-           "from test_models import FEATURES, digest; print(*(digest('resnet14', i) for i in FEATURES))"
+    code = (
+        f"import sys, torch; sys.path.insert(0, {os.path.dirname(__file__)!r}); "
+        "torch.set_num_threads(int(sys.argv[1])); "
+        "from test_models import FEATURES, digest; print(*(digest('resnet14', i) for i in FEATURES))"
+    )
     run = lambda n, **env: subprocess.run([sys.executable, "-c", code, str(n)], env=os.environ | env,
                                           capture_output=True, text=True, check=True).stdout.strip()
     here = " ".join(digest("resnet14", i) for i in FEATURES)

@@ -47,11 +47,32 @@ def photographs(tmp_path, monkeypatch):
 
 def launch(tmp_path, spec):
     code = tmp_path / "two.py"
-    code.write_text(f"import torch\nfrom bnonly.experiment import Spec\nfrom bnonly.train import fit\ntorch.set_num_threads(1)\n"
-                    f"assert fit({spec}, 'two', dtype=torch.float32)['machine']['processes'] == 2\n")
-    return subprocess.run([Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                           "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", code], cwd=tmp_path,
-                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    code.write_text(
+        f"import torch\nfrom bnonly.experiment import Spec\nfrom bnonly.train import fit\ntorch.set_num_threads(1)\n"
+        f"assert fit({spec}, 'two', dtype=torch.float32)['machine']['processes'] == 2\n"
+    )
+    return subprocess.run(
+        [
+            Path(sys.executable).parent / "accelerate",
+            "launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+            code,
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_two_processes_train_what_one_trains(tmp_path, photographs):
@@ -60,8 +81,16 @@ def test_two_processes_train_what_one_trains(tmp_path, photographs):
     assert done.returncode == 0, done.stderr
     one, two = fit(SPEC, "one", cbs=[TwoParts()], dtype=torch.float32), load_record(run_dir(SPEC, "two"), deep=True)
     rows = [pd.read_csv(run_dir(SPEC, o) / "metrics.csv").drop(columns="seconds") for o in ("one", "two")]
-    pd.testing.assert_frame_equal(rows[0][rows[1].columns], rows[1], rtol=1e-4)   # one process also measures the embedding
-    for numbers in ("counts", "final"): assert {k: one[numbers][k] for k in two[numbers]} == pytest.approx(two[numbers], rel=1e-4)
+    pd.testing.assert_frame_equal(
+        rows[0][rows[1].columns], rows[1], rtol=1e-4
+    )  # one process also measures the embedding
+    for numbers in ("counts", "final"):
+        assert {k: one[numbers][k] for k in two[numbers]} == pytest.approx(two[numbers], rel=1e-4)
     weights = [load_file(run_dir(SPEC, o) / "moved.safetensors") for o in ("one", "two")]
     for n in weights[0]: torch.testing.assert_close(weights[1][n], weights[0][n], rtol=1e-3, atol=1e-4)
-    assert sorted(f.name for f in run_dir(SPEC, "two").iterdir()) == ["metrics.csv", "moved.safetensors", "record.json", "trajectory.safetensors"]
+    assert sorted(f.name for f in run_dir(SPEC, "two").iterdir()) == [
+        "metrics.csv",
+        "moved.safetensors",
+        "record.json",
+        "trajectory.safetensors",
+    ]

@@ -33,18 +33,29 @@ def test_none_leaves_nothing_to_train():
     assert counts(freeze(create_model("resnet14"), "none")).trainable["all"] == 0
 
 
-@pytest.mark.parametrize("model,policy", [(dict(arch="resnet8", norm="none"), "bn"), (dict(arch="mlp2-10", norm="none"), "gamma"), (dict(arch="vgg11"), "shortcut")])
+@pytest.mark.parametrize(
+    "model,policy",
+    [
+        (dict(arch="resnet8", norm="none"), "bn"),
+        (dict(arch="mlp2-10", norm="none"), "gamma"),
+        (dict(arch="vgg11"), "shortcut"),
+    ],
+)
 def test_a_policy_that_trains_nothing_is_refused(model, policy):
-    with pytest.raises(ValueError, match=f"policy '{policy}' trains nothing of .*the nearest is"): freeze(create_model(**model), policy)
+    with pytest.raises(ValueError, match=f"policy '{policy}' trains nothing of .*the nearest is"):
+        freeze(create_model(**model), policy)
 
 
 def test_beta_rests_in_every_normalization():
     "LayerNorm's too; a normalization without gamma and beta has nothing that trains."
     net = lambda norm: nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(16, 2))
     nn.init.ones_((model := net(nn.LayerNorm(2)))[1].bias)
-    assert not freeze(model, "all-beta")[1].bias.requires_grad and not model[1].bias.any() and model[0].bias.requires_grad
+    assert (
+        not freeze(model, "all-beta")[1].bias.requires_grad and not model[1].bias.any() and model[0].bias.requires_grad
+    )
     assert list(trainable(freeze(net(nn.GroupNorm(2, 4)), "gamma"))) == ["1.weight"]
-    with pytest.raises(ValueError, match="policy 'gamma' trains nothing of Sequential"): freeze(net(nn.BatchNorm2d(4, affine=False)), "gamma")
+    with pytest.raises(ValueError, match="policy 'gamma' trains nothing of Sequential"):
+        freeze(net(nn.BatchNorm2d(4, affine=False)), "gamma")
 
 
 @pytest.mark.parametrize("policy", EVERY)

@@ -1,4 +1,5 @@
-"The run lock: every order of the steps of three processes, in a model and in the real code, and what a folder may hold."
+"""The run lock: every order of the steps of three processes, in a model and in the real code, and what a folder may
+hold."""
 import errno
 import itertools
 import json
@@ -19,23 +20,28 @@ from bnonly.runlock import LostLock, RunLock, ended, holder, this_process, tidy
 # The model: a world that processes change in atomic steps. A process is where it stands in its program, and one value.
 # The adversary may end it (crash) or let it sleep until it counts as gone (stall) before each of its steps.
 
-World = namedtuple("World", "lock stale temporary table record")   # record: who wrote it, and the version of the table it vouches for
+World = namedtuple(
+    "World", "lock stale temporary table record"
+)  # record: who wrote it, and the version of the table it vouches for
 NEW = World(None, frozenset(), frozenset(), None, None)
 OLD = World(frozenset(), frozenset(), frozenset(), None, None)     # lock: pairs of a number and an owner
 
 
 def lock_by_token(i, w, at, x):
-    "The step of process i that stands at `at` in this package's protocol: a new world, and where it stands then; None where it waits."
+    """The step of process i that stands at `at` in this package's protocol: a new world, and where it stands then;
+    None where it waits."""
     own = {t for t in w.temporary if t[0] == i}
     match at:
-        case "look": return (w, "place", None) if w.lock is None else (w, "take over", w.lock) if w.lock in w.stale else None
+        case "look":
+            return (w, "place", None) if w.lock is None else (w, "take over", w.lock) if w.lock in w.stale else None
         case "place": return (w._replace(lock=i), "list", None) if w.lock is None else (w, "look", None)
         case "take over": return (w._replace(lock=i), "list", None) if w.lock == x else (w, "look", None)
         case "list": return w, "clear", w.temporary
         case "clear" if x: return w._replace(temporary=w.temporary - {max(x)}), "clear", x - {max(x)}
         case "clear": return (w, "release", None) if w.record else (w, "write table", None)
         case "write table": return w._replace(temporary=w.temporary | {(i, "table")}), "check table", None
-        case "check table" | "check record": return (w, at.replace("check", "name"), x) if w.lock == i else (w, "lost", None)
+        case "check table" | "check record":
+            return (w, at.replace("check", "name"), x) if w.lock == i else (w, "lost", None)
         case "name table" | "name record" if not own: return w, "lost", None
         case "name table": return w._replace(table=i, temporary=w.temporary - own), "digest", None
         case "digest": return w, "write record", w.table
@@ -46,10 +52,14 @@ def lock_by_token(i, w, at, x):
 
 
 def lock_by_number(i, w, at, x):
-    "The same for numbered claims, of which the highest holds and numbers begin again, with files that are named unchecked."
+    """The same for numbered claims, of which the highest holds and numbers begin again, with files that are named
+    unchecked."""
     alive = [(n, o) for n, o in w.lock if o not in w.stale]
     match at:
-        case "look": return None if w.lock and max(w.lock)[1] not in w.stale else (w, "place", max(w.lock)[0] + 1 if w.lock else 1)
+        case "look":
+            return (
+                None if w.lock and max(w.lock)[1] not in w.stale else (w, "place", max(w.lock)[0] + 1 if w.lock else 1)
+            )
         case "place" if x in dict(w.lock): return w, "look", None
         case "place": return w._replace(lock=w.lock | {(x, i)}), "again", x
         case "again" if any(o != i for _, o in alive): return w._replace(lock=w.lock - {(x, i)}), "look", None
@@ -90,7 +100,8 @@ def faults(step, start, processes=3, enough=()):   # enough: the faults after wh
 
 
 def heals(step, w, i):
-    "Whether one more process alone ends with a record that matches, no lock and no temporary file, after all others have ended."
+    """Whether one more process alone ends with a record that matches, no lock and no temporary file, after all others
+    have ended."""
     w, at, x = w._replace(stale=frozenset(range(i))), "look", None
     for _ in range(50):
         if at == "done": break
@@ -104,7 +115,12 @@ def test_every_order_of_three_processes_in_the_model():
 
 
 def test_the_model_finds_the_faults_of_numbered_claims():
-    known = {"a lock is lost that nobody took over", "a record does not match its files", "a record is replaced", "a later process does not finish the run"}
+    known = {
+        "a lock is lost that nobody took over",
+        "a record does not match its files",
+        "a record is replaced",
+        "a later process does not finish the run",
+    }
     assert faults(lock_by_number, OLD, enough=known)[0] >= known
 
 
@@ -115,24 +131,52 @@ def test_the_model_needs_every_step(step):
         if at == step == "check record": return w, "name record", x
         if at == step == "list": return w, "clear", frozenset()
         if at == step == "take over": return w._replace(lock=i), "list", None
-        if at == step == "name record": return w._replace(record=(i, x)), "release", None   # whether its file is there or not
+        if at == step == "name record":
+            return w._replace(record=(i, x)), "release", None  # whether its file is there or not
         return lock_by_token(i, w, at, x)
-    assert faults(broken, NEW, processes=2)[0] or faults(broken, NEW, enough={"a lock is lost that nobody took over"})[0]
+
+    assert (
+        faults(broken, NEW, processes=2)[0] or faults(broken, NEW, enough={"a lock is lost that nobody took over"})[0]
+    )
 
 
 # The real code, stopped before each call of the system.
 
-CALLS = "listdir", "scandir", "mkdir", "rmdir", "rename", "replace", "unlink", "open", "close", "pwrite", "ftruncate", "lstat", "chmod", "fsync"
+CALLS = (
+    "listdir",
+    "scandir",
+    "mkdir",
+    "rmdir",
+    "rename",
+    "replace",
+    "unlink",
+    "open",
+    "close",
+    "pwrite",
+    "ftruncate",
+    "lstat",
+    "chmod",
+    "fsync",
+)
 
 
 class Crash(BaseException): "The end of a process: nothing that it still calls reaches the system."
 
 
 class Process(threading.Thread):
-    "One who takes the lock, writes a file and its record, and releases; it goes as many calls of the system as it is let."
+    """One who takes the lock, writes a file and its record, and releases; it goes as many calls of the system as it is
+    let."""
     def __init__(self, folder, name):
         super().__init__(daemon=True)
-        self.folder, self.label, self.turn, self.stopped, self.left, self.dead, self.calls = folder, name, threading.Event(), threading.Event(), 0, False, 0
+        self.folder, self.label, self.turn, self.stopped, self.left, self.dead, self.calls = (
+            folder,
+            name,
+            threading.Event(),
+            threading.Event(),
+            0,
+            False,
+            0,
+        )
         self.error = None
 
     def run(self):
@@ -177,7 +221,8 @@ def work(folder, label):
 
 @pytest.fixture
 def calls(monkeypatch):
-    "Calls of the system by a `Process` are counted and stopped; everyone counts as gone at once, and no lock is renewed."
+    """Calls of the system by a `Process` are counted and stopped; everyone counts as gone at once, and no lock is
+    renewed."""
     def stop(call):
         def stopped(*args, **kwargs):
             if isinstance(t := threading.current_thread(), Process): t.called()
@@ -262,7 +307,16 @@ def test_a_process_is_known_by_its_start_its_boot_and_its_space(tmp_path):
     me, gone = this_process(), subprocess.Popen(["true"])
     gone.wait()
     assert not ended(me) and ended(me | dict(start="1")) and ended(me | dict(pid=gone.pid))
-    for told in (dict(boot="another"), dict(space="pid:[1]"), dict(host="another"), dict(pid=True), dict(pid=-1), dict(pid=10**30), dict(start=None), dict(pid=[])):
+    for told in (
+        dict(boot="another"),
+        dict(space="pid:[1]"),
+        dict(host="another"),
+        dict(pid=True),
+        dict(pid=-1),
+        dict(pid=10**30),
+        dict(start=None),
+        dict(pid=[]),
+    ):
         assert not ended(me | dict(pid=gone.pid) | told)
     zombie = subprocess.Popen(["true"])
     while runlock.started(zombie.pid) != "ended": time.sleep(.01)
@@ -285,7 +339,8 @@ def test_a_lock_from_elsewhere_lives_as_long_as_it_is_seen_to_change(tmp_path, m
     file, lock = elsewhere(tmp_path, pid=gone.pid, **told), RunLock(tmp_path)
     for beat in range(40):
         os.utime(file, (beat, 0) if beat % 2 else (2**31, 2**31))
-        if beat < 20: file.write_text(json.dumps(this_process() | dict(token=file.name, beat=beat, pid=gone.pid) | told))
+        if beat < 20:
+            file.write_text(json.dumps(this_process() | dict(token=file.name, beat=beat, pid=gone.pid) | told))
         taken = RunLock(tmp_path).take() if beat < 20 else lock.take()
         assert taken == (beat >= 19 + runlock.STALE/runlock.BEAT)
         if taken: break
@@ -306,7 +361,8 @@ def test_only_the_owner_releases_and_a_fork_holds_nothing(tmp_path):
     lock = RunLock(tmp_path)
     assert lock.take() and not RunLock(tmp_path).take()
     RunLock(tmp_path).release()
-    code = f"import os; from bnonly.runlock import RunLock; l = RunLock({str(tmp_path)!r}); l.token = {lock.token!r}; l.who['pid'] = -1; l.release()"
+    code = (f"import os; from bnonly.runlock import RunLock; l = RunLock({str(tmp_path)!r}); "
+            f"l.token = {lock.token!r}; l.who['pid'] = -1; l.release()")
     subprocess.run([sys.executable, "-c", code], check=True)
     assert lock.held()
     lock.file.rename(lock.file.with_name("another"))
@@ -317,7 +373,9 @@ def test_only_the_owner_releases_and_a_fork_holds_nothing(tmp_path):
 
 def test_a_holder_that_lost_its_lock_is_interrupted(tmp_path, monkeypatch, request):
     monkeypatch.setattr(runlock, "BEAT", .05)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # where the tests run in the background it is ignored
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # where the tests run in the background it is ignored
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(LostLock, match="goes on from the last checkpoint"), RunLock(tmp_path) as lock:
         assert lock.take()
@@ -330,12 +388,15 @@ def test_a_holder_that_lost_its_lock_is_interrupted(tmp_path, monkeypatch, reque
 # What a folder may hold.
 
 @pytest.mark.parametrize("name", ["lock", "lock/x"])
-@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda p: p.symlink_to("nowhere")], ids=["pipe", "folder", "link"])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, Path.mkdir, lambda p: p.symlink_to("nowhere")], ids=["pipe", "folder", "link"]
+)
 def test_what_is_no_lock_is_named(tmp_path, name, make):
     if name == "lock" and make is Path.mkdir: pytest.skip("that is a free lock")
     if "/" in name: (tmp_path/"lock").mkdir()
     make(tmp_path/name)
-    with pytest.raises(OSError, match=f"{tmp_path/name} does not belong to a run lock; delete it"): RunLock(tmp_path).take()
+    with pytest.raises(OSError, match=f"{tmp_path / name} does not belong to a run lock; delete it"):
+        RunLock(tmp_path).take()
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "3", "[" * 5000, "\xff", '{"pid": 1}'])
@@ -386,14 +447,21 @@ def test_the_next_look_clears_what_a_killed_process_left(tmp_path):
 
 # Signals, to real processes.
 
-@pytest.mark.parametrize("signals", [("SIGTERM", "SIGINT"), ("SIGHUP", "SIGTERM", "SIGINT"), ("SIGINT", "SIGHUP"), ("SIGHUP",)], ids="+".join)
+@pytest.mark.parametrize(
+    "signals", [("SIGTERM", "SIGINT"), ("SIGHUP", "SIGTERM", "SIGINT"), ("SIGINT", "SIGHUP"), ("SIGHUP",)], ids="+".join
+)
 def test_signals_in_any_order_leave_no_lock_and_a_checkpoint(signals):
     from bnonly.train import fit
     from test_train import Stop
     spec = Spec(arch="resnet8", epochs=1000)
     folder = run_dir(spec)
     heard = lambda: [signal.signal(getattr(signal, s), signal.SIG_DFL) for s in ("SIGINT", "SIGHUP", "SIGTERM")]
-    run = subprocess.Popen([Path(sys.executable).parent/"bnonly", "train", "--arch", "resnet8", "--epochs", "1000"], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    run = subprocess.Popen(
+        [Path(sys.executable).parent / "bnonly", "train", "--arch", "resnet8", "--epochs", "1000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heard,
+    )
     while not (folder/"checkpoint.safetensors").exists():
         assert run.poll() is None, run.stderr.read()
         time.sleep(.1)

@@ -63,7 +63,13 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed():
 from dataclasses import replace
 from survival import SPEC, survive
 assert all(r['equal'] for r in survive(3, replace(SPEC, epochs=3), seed=1))"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT / "tests", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT / "tests",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -86,7 +92,8 @@ assert not sweep("both", specs, workers=1, say=lambda _: None, after=after, paus
 
 
 def test_a_run_cut_off_before_its_notebook_gets_its_analysis_and_is_not_trained_again():
-    "The record is there, sealed; killed between it and the notebook, or the notebook edited, the next sweep makes up for it."
+    """The record is there, sealed; killed between it and the notebook, or the notebook edited, the next sweep makes up
+    for it."""
     seen = []
     def after(spec, study): seen.append(spec)
     record = fit(TINY)
@@ -118,7 +125,12 @@ def test_a_full_disk_is_named_and_keeps_the_last_good_state(monkeypatch):
 
 def test_a_full_disk_leaves_no_lock_that_nobody_holds(tmp_path):
     code = "import sys; from bnonly.runlock import RunLock; RunLock(sys.argv[1]).take()"
-    done = subprocess.run(["bash", "-c", 'ulimit -f 0; exec "$@"', "-", sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 0; exec "$@"', "-", sys.executable, "-c", code, tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert f"{tmp_path} could not be written" in done.stderr and not list(tmp_path.iterdir())
 
 
@@ -241,7 +253,8 @@ def test_a_killed_sweep_is_cleared_by_the_next_one():
     "The lock of a process that has ended, and a temporary file, beside a run that is done."
     assert sweep("scratch", [TINY], workers=1, say=quiet) == {}
     before = sorted(run_dir(TINY).iterdir())
-    code = "import sys; from bnonly.runlock import RunLock; assert RunLock(sys.argv[1]).take(); open(sys.argv[1] + '/.abc.tmp', 'w')"
+    code = ("import sys; from bnonly.runlock import RunLock; assert RunLock(sys.argv[1]).take(); "
+            "open(sys.argv[1] + '/.abc.tmp', 'w')")
     subprocess.run([sys.executable, "-c", code, run_dir(TINY)], cwd=ROOT, check=True)
     assert (run_dir(TINY) / "lock").exists()
     assert sweep("scratch", [TINY], workers=1, say=quiet) == {} and sorted(run_dir(TINY).iterdir()) == before

@@ -23,12 +23,20 @@ def unwatched(tmp_path_factory):
         m.delenv("BNONLY_TRACK", raising=False)
         with trackers(SPEC, run_dir(SPEC)) as found: assert found == []
         record = fit(SPEC)
-        assert sorted(f.name for f in run_dir(SPEC).iterdir()) == ["metrics.csv", "moved.safetensors", "record.json", "trajectory.safetensors"]
+        assert sorted(f.name for f in run_dir(SPEC).iterdir()) == [
+            "metrics.csv",
+            "moved.safetensors",
+            "record.json",
+            "trajectory.safetensors",
+        ]
         return record
 
 
 def same(one, other):
-    return all(one[k] == other[k] for k in ("spec", "final", "callbacks")) and one["files"]["moved.safetensors"] == other["files"]["moved.safetensors"]
+    return (
+        all(one[k] == other[k] for k in ("spec", "final", "callbacks"))
+        and one["files"]["moved.safetensors"] == other["files"]["moved.safetensors"]
+    )
 
 
 def test_tensorboard(unwatched, monkeypatch):
@@ -58,13 +66,17 @@ def test_tensorboards_curves_go_on(monkeypatch):
     for file in run_dir(SPEC).glob("tensorboard/events*"):
         for e in EventFileLoader(str(file)).Load():
             for v in e.summary.value: found.setdefault(v.tag, []).append(e.step)
-    assert sorted(found["train_loss"]) == [*range(1, 25)] and sorted(found["accuracy"]) == sorted(found["lr_0"]) == [12, 24]
+    assert sorted(found["train_loss"]) == [*range(1, 25)] and sorted(found["accuracy"]) == sorted(found["lr_0"]) == [
+        12,
+        24,
+    ]
 
 
 def test_a_run_of_wandb_goes_on_under_its_id_and_group(monkeypatch):
     pytest.importorskip("wandb", reason="W&B is not installed: pip install 'bnonly[wandb]'")
     import wandb
-    for name, value in dict(BNONLY_TRACK="wandb", WANDB_MODE="offline", WANDB_SILENT="true", WANDB_ERROR_REPORTING="false").items():
+    offline = dict(WANDB_MODE="offline", WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
+    for name, value in dict(BNONLY_TRACK="wandb", **offline).items():
         monkeypatch.setenv(name, value)
     asked = []
     monkeypatch.setattr(wandb, "init", lambda real=wandb.init, **how: asked.append(how) or real(**how))
@@ -82,14 +94,18 @@ def test_wandb_without_a_key_is_answered_before_anything_is_read(tmp_path):
     env |= dict(BNONLY_TRACK="wandb", HOME=str(tmp_path), WANDB_SILENT="true", WANDB_ERROR_REPORTING="false",
                 PYTHONPATH=str(ROOT))
     code = f"import bnonly.train as t; from bnonly.experiment import Spec; t.load_data = None; t.fit({SPEC!r})"
-    done = subprocess.run([sys.executable, "-c", code], env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     answer = "cannot start a run .*; run wandb login or set WANDB_API_KEY, or set WANDB_MODE=offline"
     assert re.search(f"ValueError: .*{answer}", done.stderr)
 
 
 def test_wandb_offline(unwatched, monkeypatch):
     pytest.importorskip("wandb", reason="W&B is not installed: pip install 'bnonly[wandb]'")
-    for name, value in dict(BNONLY_TRACK="wandb", WANDB_MODE="offline", WANDB_SILENT="true", WANDB_ERROR_REPORTING="false").items():
+    for name, value in dict(
+        BNONLY_TRACK="wandb", WANDB_MODE="offline", WANDB_SILENT="true", WANDB_ERROR_REPORTING="false"
+    ).items():
         monkeypatch.setenv(name, value)
     record = fit(SPEC)
     assert same(record, unwatched)

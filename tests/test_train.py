@@ -33,11 +33,18 @@ TINY = Spec(arch="resnet8", epochs=2)
 
 
 def papermill(out, *args, cwd=ROOT, notebook="nbs/04_train.ipynb"):
-    return subprocess.run([sys.executable, "-m", "papermill", notebook, str(out), *args], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
+    return subprocess.run(
+        [sys.executable, "-m", "papermill", notebook, str(out), *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+    )
 
 
-@pytest.mark.parametrize("cwd,notebook", [(ROOT, "nbs/04_train.ipynb"), (ROOT / "nbs", "04_train.ipynb")], ids=["root", "nbs"])
+@pytest.mark.parametrize(
+    "cwd,notebook", [(ROOT, "nbs/04_train.ipynb"), (ROOT / "nbs", "04_train.ipynb")], ids=["root", "nbs"]
+)
 def test_papermill_trains_what_fit_trains(tmp_path, cwd, notebook):
     done = papermill(tmp_path / "out.ipynb", "-p", "arch", "resnet8", "-p", "epochs", "1", cwd=cwd, notebook=notebook)
     assert done.returncode == 0, done.stderr
@@ -45,7 +52,10 @@ def test_papermill_trains_what_fit_trains(tmp_path, cwd, notebook):
     assert record["spec"]["arch"] == "resnet8" and record["status"] == "complete"
 
 
-@pytest.mark.parametrize("name,value,answer", [("archh", "resnet56", "the nearest is 'arch'"), ("arch", "resnet57", "the nearest is 'resnet56'")])
+@pytest.mark.parametrize(
+    "name,value,answer",
+    [("archh", "resnet56", "the nearest is 'arch'"), ("arch", "resnet57", "the nearest is 'resnet56'")],
+)
 def test_papermill_refuses_a_mistake_and_trains_nothing(tmp_path, name, value, answer):
     done = papermill(tmp_path / "out.ipynb", "-p", name, value)
     assert done.returncode != 0 and answer in done.stderr
@@ -70,12 +80,24 @@ def test_a_name_stands_for_one_data_set():
     digits, spec = load_data("digits"), replace(TINY, epochs=1)
     with pytest.raises(ValueError, match="data 'mine' is not the 'digits' of resnet8.*give load_data"):
         fit(spec, data=replace(digits, name="mine"))
-    with pytest.raises(ValueError, match=f"other images than those of its digest {digits.digest}; bnonly.data.describe"):
+    with pytest.raises(
+        ValueError, match=f"other images than those of its digest {digits.digest}; bnonly.data.describe"
+    ):
         fit(spec, data=replace(digits, train=digits.test))
     assert len(results()) == 0
     record = fit(spec, data=digits)
-    fewer = describe("digits", "fewer", replace(digits.train, x=digits.train.x[:256], y=digits.train.y[:256]), digits.test, digits.classes)
-    with pytest.raises(ValueError, match=f"other images .digits, digest {digits.digest}. than data holds .fewer, digest {fewer.digest}.; name another study"):
+    fewer = describe(
+        "digits",
+        "fewer",
+        replace(digits.train, x=digits.train.x[:256], y=digits.train.y[:256]),
+        digits.test,
+        digits.classes,
+    )
+    with pytest.raises(
+        ValueError,
+        match=f"other images .digits, digest {digits.digest}. than data holds "
+        f".fewer, digest {fewer.digest}.; name another study",
+    ):
         fit(spec, data=fewer)
     assert fit(spec, data=digits) == record == fit(spec) and fit(spec, "fewer", data=fewer)["images"] == "fewer"
 
@@ -110,15 +132,27 @@ def test_a_record_tells_of_all_parts_of_its_run(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fit(TINY, cbs=[Stop(1)])
     monkeypatch.setattr("bnonly.train.default_dtype", lambda *_: torch.float32)
-    with pytest.raises(ValueError, match=f"{run_dir(TINY)} holds a run that began with dtype 'bfloat16', not 'float32'; .*delete the folder"):
+    with pytest.raises(
+        ValueError,
+        match=f"{run_dir(TINY)} holds a run that began with dtype 'bfloat16', not 'float32'; .*delete the folder",
+    ):
         fit(TINY, dtype=torch.float32)
     other = describe("digits", "turned", data.test, data.train, data.classes)
-    with pytest.raises(ValueError, match=f"{run_dir(TINY)} holds a run that began with data_digest '{data.digest}', not '{other.digest}'; .*delete the folder"):
+    with pytest.raises(
+        ValueError,
+        match=f"{run_dir(TINY)} holds a run that began with data_digest '{data.digest}', "
+        f"not '{other.digest}'; .*delete the folder",
+    ):
         fit(TINY, data=other)
     (run_dir(TINY) / ".abc.tmp").write_text("half a checkpo")
     record = fit(TINY)
     assert (record["dtype"], record["callbacks"], record["final"]["epoch"]) == ("bfloat16", ["Stop"], 2)
-    assert sorted(f.name for f in run_dir(TINY).iterdir()) == ["metrics.csv", "moved.safetensors", "record.json", "trajectory.safetensors"]
+    assert sorted(f.name for f in run_dir(TINY).iterdir()) == [
+        "metrics.csv",
+        "moved.safetensors",
+        "record.json",
+        "trajectory.safetensors",
+    ]
 
 
 def test_a_checkpoint_that_tells_less_is_gone_on_from(monkeypatch):
@@ -154,7 +188,9 @@ def _one_pixel_layers():
     torch.nn.init.normal_(fixup.weight)
     with torch.no_grad(): fixup.reset()
     few = copy.deepcopy(plain)
-    torch.nn.utils.parametrize.register_parametrization(few, "weight", RandomEntries(few.weight, torch.arange(0, few.weight.numel(), 7)))
+    torch.nn.utils.parametrize.register_parametrization(
+        few, "weight", RandomEntries(few.weight, torch.arange(0, few.weight.numel(), 7))
+    )
     return dict(plain=plain, fixup=fixup, few=few)
 
 
@@ -263,7 +299,8 @@ def test_a_copy_of_a_network_computes_with_its_own_weights():
 
 
 def test_a_trained_network_is_let_go():
-    "A Learner and its callbacks hold each other; a sweep must not keep its networks until Python happens to look for such."
+    """A Learner and its callbacks hold each other; a sweep must not keep its networks until Python happens to look for
+    such."""
     gc.collect()
     gc.disable()
     try:
@@ -281,7 +318,9 @@ def test_a_trained_network_is_let_go():
 def test_where_bf16_is_faster(pytorch, float16, arch, answer, monkeypatch):
     "By who convolves bfloat16 faster, and whether the kernels multiply in float16 (None: there are no kernels)."
     monkeypatch.setattr("bnonly.train.pytorch_convolves_bfloat16", lambda: pytorch)
-    monkeypatch.setattr("bnonly.train.kernels", lambda: None if float16 is None else {torch.bfloat16: SimpleNamespace(float16=float16)})
+    monkeypatch.setattr(
+        "bnonly.train.kernels", lambda: None if float16 is None else {torch.bfloat16: SimpleNamespace(float16=float16)}
+    )
     assert bf16_is_faster(arch) is answer
 
 
@@ -292,7 +331,10 @@ def test_fixup_has_no_bfloat16_where_pytorch_is_slow_in_it(monkeypatch):
         assert bf16_is_faster("wrn10-1", "fixup") is answer
 
 
-@pytest.mark.parametrize("cap, features", [("AVX2", set()), ("AVX512_CORE", set()), ("avx512_core_bf16", {"avx512_bf16"}), ("", {"avx512_bf16", "amx_bf16"})])
+@pytest.mark.parametrize(
+    "cap, features",
+    [("AVX2", set()), ("AVX512_CORE", set()), ("avx512_core_bf16", {"avx512_bf16"}), ("", {"avx512_bf16", "amx_bf16"})],
+)
 def test_pytorch_is_held_to_what_the_environment_allows(cap, features, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=True, amx_bf16=True))
@@ -317,7 +359,10 @@ def test_a_record_that_appears_while_one_trains_is_left_alone():
         order = 70
         def after_epoch(self):
             if self.epoch == 0: (run_dir(TINY) / "record.json").write_text("sealed by another")
-    with pytest.raises(BrokenRecord, match="not as it was sealed"):   # what stands there is told, not what was trained beside it
+
+    with pytest.raises(
+        BrokenRecord, match="not as it was sealed"
+    ):  # what stands there is told, not what was trained beside it
         fit(TINY, cbs=[Other()])
     assert (run_dir(TINY) / "record.json").read_text() == "sealed by another"
 
@@ -370,9 +415,13 @@ def test_weight_decay_may_spare_gamma_or_beta(decay, decays):
 
 
 def test_decay_has_one_name_where_there_is_nothing_to_spare():
-    assert Spec(decay="beta", weight_decay=0.).key == Spec(weight_decay=0.).key and "decay=beta" in Spec(decay="beta").key
+    assert (
+        Spec(decay="beta", weight_decay=0.0).key == Spec(weight_decay=0.0).key
+        and "decay=beta" in Spec(decay="beta").key
+    )
     assert Spec(decay="beta", policy="all-affine").decay == "all"
-    with pytest.raises(ValueError, match="decay 'gama' is not one of all, gamma, beta; the nearest is 'gamma'"): Spec(decay="gama")
+    with pytest.raises(ValueError, match="decay 'gama' is not one of all, gamma, beta; the nearest is 'gamma'"):
+        Spec(decay="gama")
 
 
 def test_a_run_keeps_what_its_channels_became_and_goes_on_with_it():
@@ -402,13 +451,18 @@ def test_a_look_at_every_twentieth_of_a_long_run(tmp_path):
 def test_a_record_says_what_it_was_computed_with():
     record = fit(Spec(arch="resnet8", epochs=1))
     assert record["machine"]["instructions"] == torch.backends.cpu.get_cpu_capability()
-    assert record["machine"]["kernels"] == (kernels()[torch.float32].instructions if kernels() else "plain") and "earlier_machines" not in record
+    assert (
+        record["machine"]["kernels"] == (kernels()[torch.float32].instructions if kernels() else "plain")
+        and "earlier_machines" not in record
+    )
 
 
 def test_a_record_names_the_machines_of_all_its_parts(monkeypatch):
     spec = Spec(arch="resnet8", epochs=2)
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, "machine", lambda device, real=checkpoint.machine: dict(real(device), processor="another"))
+        m.setattr(
+            checkpoint, "machine", lambda device, real=checkpoint.machine: dict(real(device), processor="another")
+        )
         with pytest.raises(KeyboardInterrupt): fit(spec, cbs=[Stop(1)])
     record = fit(spec)
     assert [m["processor"] for m in record["earlier_machines"]] == ["another"] != [record["machine"]["processor"]]
