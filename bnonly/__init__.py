@@ -11,7 +11,7 @@ Modules:
 - `bnonly.ops`: The operators that the networks are made of on a CPU: their definitions in PyTorch, and the compiled kernels that compute the same, registered with PyTorch.
 - `bnonly.pages`: Pages that hold what others may have written: templates that escape, tables, and notebooks made harmless.
 - `bnonly.readers`: The published files of CIFAR-10, CIFAR-10.1, CIFAR-10-C, MNIST and SVHN as arrays.
-- `bnonly.runlock`: The run lock: one process at a time works in the folder of a run, and one that lost its lock writes nothing more there.
+- `bnonly.runlock`: The run lock: one process at a time works in the folder of a run; one that lost its lock writes nothing more there.
 - `bnonly.shapes`: The shapes of the networks, said once: blocks and channels of each stage, and how many numbers that makes.
 - `bnonly.tiny_imagenet`: Tiny ImageNet: 200 classes of ImageNet at 64x64 pixels, 500 images of each to train on and 50 to test on.
 - `bnonly.trackers`: Watching a run in TensorBoard or Weights & Biases, as $BNONLY_TRACK asks for it."""

@@ -3,7 +3,8 @@
 A checkpoint, `checkpoint.safetensors`, has the trained state and the momentum as tensors (`moved/NAME`,
 `momentum/NAME`), and as metadata, each a JSON value: the metrics of the epochs that are done (`rows`), the states of
 the shared random generators (`random`), and what the next part of the run must know of those before it
-(`data_digest`, `dtype`, `callbacks`, `machines`, which older versions did not write). `digest` vouches for all of it."""
+(`data_digest`, `dtype`, `callbacks`, `machines`, which older versions did not write). `digest` vouches for all of it.
+"""
 import hashlib
 import json
 import math

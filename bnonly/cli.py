@@ -17,7 +17,7 @@ from fastcore.script import anno_parser
 
 from . import __version__
 from .experiment import Spec, choose, nearest, preset, results, root
-from .runlock import stop_on_signals
+from .processes import stop_on_signals
 
 DTYPES = "float32", "bfloat16"
 

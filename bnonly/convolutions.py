@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from .native import Direct, Entry, kernels, pytorch_convolves_bfloat16
 from .register import channels_last, count_flops, empty, formula, operator, products, ptr, wanted
 
-__all__ = ["DTYPES", "ALGORITHMS", "HEADER", "rival", "conv_algorithm", "Phase", "phases", "pack", "scale_of", "output_size", "conv2d",
-           "sparse_conv2d_reference", "sparse_conv2d", "sparse_linear_reference", "sparse_linear"]
+__all__ = ["DTYPES", "ALGORITHMS", "HEADER", "rival", "conv_algorithm", "Phase", "phases", "pack", "scale_of",
+           "output_size", "conv2d", "sparse_conv2d_reference", "sparse_conv2d", "sparse_linear_reference",
+           "sparse_linear"]
 
 DTYPES = torch.float32, torch.bfloat16
 ALGORITHMS = "winograd", "direct", "pytorch"
@@ -59,7 +60,8 @@ class Phase(NamedTuple):
 def phases(K:int, stride:int, padding:int, back:bool=False) -> list[Phase]:
     "The direct convolutions that a convolution of KxK taps, or with `back` the gradient of its input, is made of."
     lines = [(K, 0, padding, 0)]   # taps, the first, what lies before, the first row
-    if back:   # input p = stride i + first is read by output i + (first + padding - k)/stride at tap k, if that is whole
+    if back:
+        # input p = stride i + first is read by output i + (first + padding - k)/stride at tap k, if that is whole
         met = [[k for k in reversed(range(K)) if (first + padding - k) % stride == 0] for first in range(stride)]
         starts = [(ks[0], (ks[0] - first - padding)//stride) if ks else (0, 0) for first,ks in enumerate(met)]
         lines = [(len(ks), *start, first) for first,(ks, start) in enumerate(zip(met, starts))]
@@ -201,8 +203,8 @@ _conv = operator(
 
 def conv2d(x, weight, bias=None, packed=None, packed_back=None, stride=ONE, padding=(0, 0), dilation=ONE, groups=1,
            algorithm="pytorch"):
-    """`F.conv2d` of x [N, C, H, W] on the CPU by one of `ALGORITHMS`, in the dtype of x, keeping x only where the weight
-    trains, whose gradient is float32. packed, packed_back: a frozen weight as `pack` gives it."""
+    """`F.conv2d` of x [N, C, H, W] on the CPU by one of `ALGORITHMS`, in the dtype of x, keeping x only where the
+    weight trains, whose gradient is float32. packed, packed_back: a frozen weight as `pack` gives it."""
     return _conv(x, weight, bias, packed, packed_back, stride, padding, dilation, groups, algorithm)
 
 
@@ -262,7 +264,8 @@ def _sparse_conv_backward(ctx, dy):
 
 _sparse_conv = operator(
     "sparse_conv2d(Tensor x, Tensor values, Tensor weight, Tensor index, Tensor? bias, int[2] stride, int[2] padding, "
-    "str algorithm) -> Tensor", _sparse_conv_compute, _sparse_conv_fake, formula(_sparse_context, _sparse_conv_backward))
+    "str algorithm) -> Tensor", _sparse_conv_compute, _sparse_conv_fake,
+    formula(_sparse_context, _sparse_conv_backward))
 
 
 def sparse_conv2d(x, values, weight, index, bias=None, stride=ONE, padding=(0, 0), algorithm="pytorch"):

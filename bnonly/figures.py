@@ -1,4 +1,4 @@
-"""What all figures share: their style, their notes and legends, and how a figure or a table is kept with its numbers."""
+"""What all figures share: style, notes and legends, and how a figure or a table is kept with its numbers."""
 import textwrap
 from contextlib import contextmanager
 from importlib.resources import files
@@ -13,8 +13,8 @@ from matplotlib.ticker import FixedLocator
 
 from .experiment import runs_dir, write
 
-__all__ = ["STYLE", "WIDTH", "SPREAD", "STAR", "styled", "seeds", "corner", "footnote", "legend", "empty", "drawn", "save", "rounded",
-           "draw_table", "plain_table", "save_table"]
+__all__ = ["STYLE", "WIDTH", "SPREAD", "STAR", "styled", "seeds", "corner", "footnote", "legend", "empty", "drawn",
+           "save", "rounded", "draw_table", "plain_table", "save_table"]
 
 STYLE = files("bnonly")/"bnonly.mplstyle"
 WIDTH = 8.4   # inches across a page, so that the letters have one size in all figures
@@ -114,8 +114,11 @@ def _tick_labels(ax):   # x to the label there, of axes with labels of their own
     return dict(zip(np.round(ax.get_xticks(), 6), [t.get_text() for t in ax.get_xticklabels()]))
 
 
-def drawn(fig: plt.Figure) -> pd.DataFrame:   # panel, kind, label, color, x, tick (the label of x, if it has one), y, error
-    "The numbers that a figure shows, a row each, read off the finished figure."
+def drawn(fig: plt.Figure) -> pd.DataFrame:
+    """The numbers that a figure shows, a row each, read off the finished figure.
+
+    Columns: panel, kind, label, color, x, tick (the label of x, where it has one), y and error.
+    """
     def hexed(c): return to_hex(c) if c is not None and np.size(c) in (1, 3, 4) else ""
     rows = []
     for i, ax in enumerate(fig.axes):

@@ -16,12 +16,13 @@ import torch
 from .experiment import choose
 from .logs import logger
 
-__all__ = ["CSRC", "MARCHES", "Direct", "Entry", "Kernels", "Layer", "Norm", "build", "keep_memory", "kernels", "load", "march", "processor",
-           "pytorch_convolves_bfloat16", "pytorch_features"]
+__all__ = ["CSRC", "MARCHES", "Direct", "Entry", "Kernels", "Layer", "Norm", "build", "keep_memory", "kernels",
+           "load", "march", "processor", "pytorch_convolves_bfloat16", "pytorch_features"]
 
 CSRC = Path(__file__).parent/"csrc"
 MARCHES = "native", "x86-64-v4", "x86-64-v3", "x86-64-v2"   # what $BNONLY_MARCH may hold the kernels to: gcc's -march
-FLAGS = "-std=c++17 -O3 -fopenmp -shared -fPIC -Wall -Wextra -Wno-psabi".split()   # psabi: nothing with vectors is exported
+# psabi: nothing with vectors is exported
+FLAGS = "-std=c++17 -O3 -fopenmp -shared -fPIC -Wall -Wextra -Wno-psabi".split()
 
 
 def processor() -> str:
@@ -52,7 +53,8 @@ def build(compiler:str, flags:tuple=()) -> Path:
         command = [*shlex.split(compiler), *flags, str(CSRC/"kernels.cpp"), "-o", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode:
-            error = next((l for l in done.stderr.splitlines() if "error" in l), f"{compiler} ended with {done.returncode}")
+            lines, ended = done.stderr.splitlines(), f"{compiler} ended with {done.returncode}"
+            error = next((line for line in lines if "error" in line), ended)
             raise RuntimeError(error)
         with open(out, "rb") as f: os.fsync(f)
         os.replace(out, library)
@@ -102,8 +104,8 @@ def load(flags:tuple=()) -> dict:
 
 @lru_cache(None)
 def kernels() -> dict|None:
-    """The kernels of this process, None for plain PyTorch: on an instruction set older than AVX2, where they do not pay,
-    or without a compiler, with a line of notice. $BNONLY_KERNELS insists on either: fused or plain."""
+    """The kernels of this process, None for plain PyTorch: on an instruction set older than AVX2, where they do not
+    pay, or without a compiler, with a line of notice. $BNONLY_KERNELS insists on either: fused or plain."""
     asked = os.environ.get("BNONLY_KERNELS") or None
     if asked and choose("BNONLY_KERNELS", asked, ("fused", "plain")) == "plain": return None
     try: found = load()
@@ -113,8 +115,8 @@ def kernels() -> dict|None:
 
 
 ONEDNN = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16",
-          "AVX10_1_512", "AVX512_CORE_FP16", "AVX10_1_512_AMX", "AVX512_CORE_AMX", "AVX10_1_512_AMX_FP16", "AVX512_CORE_AMX_FP16",
-          "DEFAULT")   # the values of $ONEDNN_MAX_CPU_ISA, each with what those before it allow
+          "AVX10_1_512", "AVX512_CORE_FP16", "AVX10_1_512_AMX", "AVX512_CORE_AMX", "AVX10_1_512_AMX_FP16",
+          "AVX512_CORE_AMX_FP16", "DEFAULT")   # the values of $ONEDNN_MAX_CPU_ISA, each with what those before it allow
 
 
 def pytorch_features() -> set:
@@ -135,8 +137,8 @@ def pytorch_convolves_bfloat16() -> str:
 
 
 def keep_memory():
-    """Let glibc keep freed activations for the next step of this process. Otherwise it gives the memory of each back to the
-    system, which zeroes every page anew at the next step."""
+    """Let glibc keep freed activations for the next step of this process. Otherwise it gives the memory of each back to
+    the system, which zeroes every page anew at the next step."""
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError): return         # another C library
     mallopt(-3, 2**30) or mallopt(-3, 2**25)         # M_MMAP_THRESHOLD; older versions take no more than the second

@@ -22,7 +22,8 @@ def affine_table(model) -> dict:
     found = norms(model)
     sizes = np.array([m.num_features for m in found], int)
 
-    def flat(tensors): return np.concatenate([np.zeros(0, np.float32), *(t.detach().float().cpu().numpy() for t in tensors)])
+    def flat(tensors):
+        return np.concatenate([np.zeros(0, np.float32), *(t.detach().float().cpu().numpy() for t in tensors)])
     return dict(layer=np.repeat(np.arange(len(found), dtype=np.int16), sizes),
                 role=np.repeat(np.array([*found.values()], np.int8), sizes),
                 gamma=flat(m.weight for m in found), beta=flat(m.bias for m in found))

@@ -192,10 +192,12 @@ def _layers(z, statistics, affine, eps, packed, masks, inputs, grads=None, dws=N
 
 def _run(kernel, reads, writes, buffers, layers):
     workspace, (N, C, H, W) = reads.new_empty(buffers, reads.numel()), reads.shape
-    kernel(reads.data_ptr(), ptr(writes), workspace.data_ptr(), layers, len(layers), N, H, W, C, torch.get_num_threads())
+    kernel(reads.data_ptr(), ptr(writes), workspace.data_ptr(), layers, len(layers), N, H, W, C,
+           torch.get_num_threads())
 
 
-def _blocks_outputs(x, n, trains, keep):   # y, what the convolutions gave, statistics, masks, what those that train read
+def _blocks_outputs(x, n, trains, keep):
+    # y, what the convolutions gave, statistics, masks, what those that train read
     read, size, statistics = sum(keep and t for t in trains[1:]), x.numel(), (n, 3, x.shape[1])
     return (empty(x, *x.shape), x.new_empty(n if keep else 2, size), x.new_zeros(statistics, dtype=torch.float32),
             x.new_zeros(n//2 if keep else 0, size//8, dtype=torch.uint8), x.new_empty(read, size))
@@ -268,7 +270,8 @@ def _blocks_gradients_fake(dy, x, z, statistics, masks, read, affine, weights, p
 
 _blocks_gradients = operator(
     "basic_blocks_backward(Tensor dy, Tensor? x, Tensor z, Tensor statistics, Tensor masks, Tensor read, "
-    "Tensor[] affine, Tensor[] weights, bool packed, bool[] trains, bool need_x, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    "Tensor[] affine, Tensor[] weights, bool packed, bool[] trains, bool need_x, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
     _blocks_gradients_compute, _blocks_gradients_fake)
 _blocks = operator(
     "basic_blocks(Tensor x, Tensor[] affine, Tensor[] weights, Tensor[] packed, float[] eps, bool[] trains) "
@@ -276,9 +279,9 @@ _blocks = operator(
 
 
 def basic_blocks(x, affine, weights, running, momenta, eps, packed=()):
-    """`basic_blocks_reference` on the CPU in one operator, by Winograd's tiles. packed: of frozen weights all that `pack`
-    gives forward, then all backward. It keeps what each convolution gives, what it reads where its weight trains, and
-    bit masks."""
+    """`basic_blocks_reference` on the CPU in one operator, by Winograd's tiles. packed: of frozen weights all that
+    `pack` gives forward, then all backward. It keeps what each convolution gives, what it reads where its weight
+    trains, and bit masks."""
     y, _, statistics, *_ = _blocks(x, affine, weights, packed, eps, [w.requires_grad for w in weights])
     for i,momentum in enumerate(momenta): update_statistics(*running[2*i:2*i + 2], statistics[i], momentum)
     return y

@@ -1,31 +1,36 @@
-"""The run lock: one process at a time works in the folder of a run, and one that lost its lock writes nothing more there.
+"""The run lock: one process at a time works in the folder of a run; one that lost its lock writes nothing more there.
 
-The lock of a run is a folder `lock` with one file in it, named by the holder's token, a random number that never comes again.
+The lock of a run is a folder `lock` with one file in it, named by the holder's token, a random number that never
+comes again.
 
 - Taking a free lock: a private folder that holds the file is renamed to `lock`. That fails where `lock` is not empty.
 - Taking over a stale lock: `lock/OLD` is renamed to `lock/NEW`. That fails unless OLD is still the one that holds.
 - Releasing: `lock/OWN` is removed by name, so nobody can remove the lock of somebody else.
 
-Each of these is one atomic rename or removal, on local and on network file systems; neither hard links nor flock are needed.
-The holder's file says which process it is, and counts up every `BEAT` seconds. A lock is stale when its process is known to
-have ended (same boot of the same machine, same process ids, and the process is gone or another one has its id), or when an
-observer has seen no change for `STALE` seconds of its own clock. Clocks and times of files play no part.
+Each of these is one atomic rename or removal, on local and on network file systems; neither hard links nor flock are
+needed. The holder's file says which process it is, and counts up every `BEAT` seconds. A lock is stale when its
+process is known to have ended (same boot of the same machine, same process ids, and the process is gone or another
+one has its id), or when an observer has seen no change for `STALE` seconds of its own clock. Clocks and times of
+files play no part.
 
-A process may sleep for longer than that at any instant and lose its lock unawares. So a file is written in three steps: a
-temporary file, then `check` whether the lock is still held, then a rename onto its name. Who takes a lock removes all temporary
-files before anything else. A late rename therefore comes before that, and is seen by the new holder, or fails.
+A process may sleep for longer than that at any instant and lose its lock unawares. So a file is written in three
+steps: a temporary file, then `check` whether the lock is still held, then a rename onto its name. Who takes a lock
+removes all temporary files before anything else. A late rename therefore comes before that, and is seen by the new
+holder, or fails.
 """
-import _thread, errno, json, os, platform, secrets, signal, stat, threading, time, warnings
+import _thread, errno, json, os, secrets, stat, threading, time, warnings
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["BEAT", "STALE", "LostLock", "RunLock", "again", "check", "clear", "holder", "locked", "stop_on_signals", "tidy", "unwritable"]
+from .processes import ended, this_process
 
-BEAT, STALE = 20, 300   # seconds: how often a holder counts up, and for how long an observer sees it rest before it counts as gone
-PASSING = {getattr(errno, n) for n in ("ESTALE", "EIO", "EAGAIN", "EINTR", "ETIMEDOUT", "EREMOTEIO", "ENETDOWN", "ENETUNREACH",
-                                       "EHOSTDOWN", "EHOSTUNREACH", "ECONNRESET") if hasattr(errno, n)}
+__all__ = ["BEAT", "STALE", "LostLock", "RunLock", "again", "check", "clear", "holder", "locked", "tidy", "unwritable"]
+
+# seconds: how often a holder counts up, and for how long an observer sees it rest before it counts as gone
+BEAT, STALE = 20, 300
+PASSING = {getattr(errno, n) for n in ("ESTALE", "EIO", "EAGAIN", "EINTR", "ETIMEDOUT", "EREMOTEIO", "ENETDOWN",
+                                       "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH", "ECONNRESET") if hasattr(errno, n)}
 PAUSES = .1, .3, 1, 3   # seconds between attempts
-GRACE = 10              # seconds after a signal in which another one changes nothing
 _held = {}              # (process, thread, folder) to the lock that it took
 _seen = {}              # a file to what was last seen in it, when, and for how many seconds it has not changed
 
@@ -45,32 +50,8 @@ def again(call, *args):
 
 def unwritable(path, why: OSError) -> OSError:
     "What to say where a file or a folder cannot be written."
-    return OSError(f"{path} could not be written ({why.strerror or why}); free space or set BNONLY_RUNS to a folder that can.")
-
-
-def started(pid: int) -> str | None:
-    "When a process began, in ticks since the machine's start; 'ended' for one that was not waited for, None where that cannot be told."
-    try: told = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()   # from field 3 on: state, ..., field 22
-    except OSError: return None
-    return "ended" if told[0] in "ZX" else told[19]
-
-
-def this_process() -> dict:
-    "What tells this process from all others: host, boot and space of process ids (None where there is no /proc), pid and start."
-    try: boot, space = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
-    except OSError: boot = space = None
-    return dict(host=platform.node(), boot=boot, space=space, pid=os.getpid(), start=started(os.getpid()))
-
-
-def ended(who: dict) -> bool:
-    "Whether a process, as `this_process` tells of it, is known to have ended; False where that is not certain."
-    here, pid, start = this_process(), who.get("pid"), who.get("start")
-    if any(here[k] is None or who.get(k) != here[k] for k in ("host", "boot", "space")): return False
-    if type(pid) is not int or pid <= 0 or not isinstance(start, str): return False
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return True
-    except (OSError, OverflowError): return False
-    return started(pid) not in (None, start)
+    reason = why.strerror or why
+    return OSError(f"{path} could not be written ({reason}); free space or set BNONLY_RUNS to a folder that can.")
 
 
 def odd(path) -> OSError: return OSError(f"{path} does not belong to a run lock; delete it.")
@@ -88,16 +69,17 @@ def look(path) -> bytes | None:
 
 def parse(content: bytes | None) -> dict:
     "What a file says of its process; nothing where it does not."
-    try: told = json.loads(content or b"")
+    try: said = json.loads(content or b"")
     except (ValueError, RecursionError): return {}
-    return told if isinstance(told, dict) else {}
+    return said if isinstance(said, dict) else {}
 
 
 def token_of(folder) -> str | None:
     "The token that holds the lock of a run; None where it is free."
     place = Path(folder)/"lock"
     if os.path.islink(place): raise odd(place)
-    try: names = [n for n in os.listdir(place) if not n.startswith(".nfs")]   # what a network file system keeps of a removed file
+    # what a network file system keeps of a removed file
+    try: names = [n for n in os.listdir(place) if not n.startswith(".nfs")]
     except FileNotFoundError: return None
     except NotADirectoryError: raise odd(place) from None
     if len(names) > 1: raise odd(place)
@@ -105,14 +87,16 @@ def token_of(folder) -> str | None:
 
 
 def holder(folder) -> dict:
-    "The process that holds the lock of a run: host, pid and more; nothing where it is free, or does not say whose it is."
+    """The process that holds the lock of a run: host, pid and more; nothing where it is free, or does not say whose it
+    is."""
     token = token_of(folder)
-    told = parse(look(Path(folder)/"lock"/token)) if token else {}
-    return told if told.get("token") == token else {}
+    said = parse(look(Path(folder)/"lock"/token)) if token else {}
+    return said if said.get("token") == token else {}
 
 
 def unchanged(path, content) -> float:
-    "For how many seconds this process has seen a file rest. A gap between two looks counts as one beat, for this machine may have slept."
+    """For how many seconds this process has seen a file rest. A gap between two looks counts as one beat, for this
+    machine may have slept."""
     now, (before, then, quiet) = time.monotonic(), _seen.get(str(path), (None, 0, 0))
     quiet = quiet + min(now - then, BEAT) if before == content else 0
     _seen[str(path)] = content, now, quiet
@@ -122,8 +106,8 @@ def unchanged(path, content) -> float:
 def stale(file) -> bool:
     "Whether the holder of a lock is gone, by its process or by what this process has seen."
     content = look(file)
-    told = parse(content)
-    return told.get("token") == file.name and ended(told) or unchanged(file, content) >= STALE
+    who = parse(content)
+    return who.get("token") == file.name and ended(who) or unchanged(file, content) >= STALE
 
 
 def locked(folder) -> bool:
@@ -133,7 +117,8 @@ def locked(folder) -> bool:
 
 
 def old_claims(folder) -> list:
-    "Files with which older versions held a run; they renewed their time. Others of that name are named in a warning and left out."
+    """Files with which older versions held a run; they renewed their time. Others of that name are named in a warning
+    and left out."""
     found = []
     for file in Path(folder).glob("claim-*.json"):
         try: content = look(file)
@@ -150,7 +135,8 @@ def remove(*paths):
 
 
 def clear(folder):
-    "Remove what processes have left that were killed; only for the holder. A late writer then finds its temporary file gone."
+    """Remove what processes have left that were killed; only for the holder. A late writer then finds its temporary
+    file gone."""
     folder, names = Path(folder), again(os.listdir, folder)
     for n in names:
         if n.startswith(".lock-"): remove(*(folder/n/o for o in again(_listed, folder/n)), folder/n)
@@ -161,7 +147,8 @@ def clear(folder):
 
 def _finished(folder) -> bool:
     "Whether a record stands that can be read; beside a broken one a checkpoint may still be of use."
-    try: return stat.S_ISREG(os.lstat(folder/"record.json").st_mode) and isinstance(json.loads((folder/"record.json").read_bytes()), dict)
+    record = folder/"record.json"
+    try: return stat.S_ISREG(os.lstat(record).st_mode) and isinstance(json.loads(record.read_bytes()), dict)
     except (FileNotFoundError, ValueError, RecursionError): return False
 
 
@@ -184,9 +171,12 @@ def check(folder):
 
 def tidy(folder):
     "Clear the folder of a finished run, where a process that was killed has left something and nobody is at work."
-    names = again(_listed, folder)
-    if any(n == "lock" or n.startswith((".lock-", "claim-", "checkpoint")) or n.startswith(".") and n.endswith(".tmp") for n in names):
-        with suppress(OSError), RunLock(folder) as lock: lock.take()   # a folder that cannot be written to is none of a reader's concern
+    def left(name):
+        temporary = name.startswith(".") and name.endswith(".tmp")
+        return temporary or name == "lock" or name.startswith((".lock-", "claim-", "checkpoint"))
+    if any(map(left, again(_listed, folder))):
+        # a folder that cannot be written to is none of a reader's concern
+        with suppress(OSError), RunLock(folder) as lock: lock.take()
 
 
 class RunLock:
@@ -204,10 +194,12 @@ class RunLock:
         return self.token is not None and look(self.file) is not None
 
     def take(self) -> bool:
-        "Take the lock, unless somebody holds it. `OSError` where its folder cannot be written to, or holds what is no lock."
+        """Take the lock, unless somebody holds it. `OSError` where its folder cannot be written to, or holds what is no
+        lock."""
         try:
             again(lambda: os.makedirs(self.folder, exist_ok=True))
-            if any([unchanged(*o) < STALE for o in again(old_claims, self.folder)]): return False   # a list, for each is to be looked at
+            # a list, for each is to be looked at
+            if any([unchanged(*o) < STALE for o in again(old_claims, self.folder)]): return False
             if not again(self._enter): return False
             _held[self.key] = self
             clear(self.folder)
@@ -235,12 +227,14 @@ class RunLock:
         return False
 
     def _place(self, private):
-        "Rename a folder with our file in it to `lock`, unless that is taken, or who took it has cleared our folder away."
+        """Rename a folder with our file in it to `lock`, unless that is taken, or who took it has cleared our folder
+        away."""
         try:
             os.mkdir(private)
             os.close(os.open(private/self.token, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
             self.tell(private/self.token)
-            with suppress(OSError): os.rmdir(self.folder/"lock")   # an empty one; some file systems rename onto nothing else
+            # an empty one; some file systems rename onto nothing else
+            with suppress(OSError): os.rmdir(self.folder/"lock")
             os.rename(private, self.folder/"lock")
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT): raise
@@ -266,15 +260,23 @@ class RunLock:
             if self.who["thread"] == threading.main_thread().ident: _thread.interrupt_main()
             return
 
-    def wait(self, say=print, pause: float = 1):   # say: called with one sentence where there is somebody to wait for; pause: seconds
-        "Take the lock as soon as nobody else holds it; at once where this thread holds it already."
-        looks, told = 0, False
+    @staticmethod
+    def _held_by(who):
+        if who: return f"being trained by process {who.get('pid')} on {who.get('host')}; waiting for its record"
+        return ("held by a process that does not say which it is; "
+                f"waiting until its lock has rested for {STALE//60} minutes")
+
+    def wait(self, say=print, pause: float = 1):
+        """Take the lock as soon as nobody else holds it; at once where this thread holds it already.
+
+        `say` is called with one sentence where there is somebody to wait for; `pause`: seconds between two looks.
+        """
+        looks, announced = 0, False
         while not (self.key in _held or self.take()):
             looks, who = looks+1, again(holder, self.folder)
-            if not told and (who or looks > 2):   # an empty file may be just being written
-                say(f"{self.folder.name} " + (f"is being trained by process {who.get('pid')} on {who.get('host')}; waiting for its record." if who else
-                    f"is held by a process that does not say which it is; waiting until its lock has rested for {STALE//60} minutes."))
-                told = True
+            if not announced and (who or looks > 2):   # an empty file may be just being written
+                say(f"{self.folder.name} is {self._held_by(who)}.")
+                announced = True
             time.sleep(pause)
         return self
 
@@ -291,15 +293,5 @@ class RunLock:
     def __exit__(self, kind, *_):
         self.release()
         if kind is KeyboardInterrupt and self.lost:
-            raise LostLock(f"{self.folder} was taken over by another process while this one slept; it goes on from the last checkpoint.") from None
-
-
-def stop_on_signals():
-    "Let SIGTERM and SIGHUP stop this process as Ctrl-C does; further signals within `GRACE` seconds do not disturb what it still puts away."
-    last = [-GRACE]
-    def stop(number, frame):
-        if time.monotonic() < last[0] + GRACE: return
-        last[0] = time.monotonic()
-        raise KeyboardInterrupt
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name) and signal.getsignal(number := getattr(signal, name)) != signal.SIG_IGN: signal.signal(number, stop)
+            raise LostLock(f"{self.folder} was taken over by another process while this one slept; "
+                           "it goes on from the last checkpoint.") from None

@@ -1,17 +1,20 @@
 """The shapes of the networks, said once: blocks and channels of each stage, and how many numbers that makes.
 
-Figures count parameters by it and need no PyTorch; `bnonly.models` builds networks from it; a test holds one against the
-other. A convolution counts its weights, and gamma and beta of each output channel; VGG's have a bias besides.
+Figures count parameters by it and need no PyTorch; `bnonly.models` builds networks from it; a test holds one against
+the other. A convolution counts its weights, and gamma and beta of each output channel; VGG's have a bias besides.
 """
 from .experiment import parse_arch
 
-__all__ = ["BLOCKS", "CIFAR_CHANNELS", "IMAGENET_CHANNELS", "VGG_CHANNELS", "VGG_LAYERS", "scaled", "convolutions", "sizes"]
+__all__ = ["BLOCKS", "CIFAR_CHANNELS", "IMAGENET_CHANNELS", "VGG_CHANNELS", "VGG_LAYERS", "scaled", "convolutions",
+           "sizes"]
 
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 200: (3, 24, 36, 3)}   # ImageNet's, by depth
+# ImageNet's, by depth
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 200: (3, 24, 36, 3)}
 IMAGENET_CHANNELS = 64, 128, 256, 512
 CIFAR_CHANNELS = 16, 32, 64
 VGG_CHANNELS = 64, 128, 256, 512, 512
-VGG_LAYERS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}   # between poolings, by depth
+# between poolings, by depth
+VGG_LAYERS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
 def scaled(width: float) -> list:
@@ -50,5 +53,6 @@ def sizes(arch: str, classes: int = 10, channels: int = 3) -> dict:   # role to 
     layers = convolutions(arch, channels)
 
     def part(role): return sum(weights for r, weights, _ in layers if r == role)
-    counts = dict(bn=2*sum(out for *_, out in layers), output=(layers[-1][2] + 1)*classes, shortcut=part("shortcut"), conv=part("conv"))
+    counts = dict(bn=2*sum(out for *_, out in layers), output=(layers[-1][2] + 1)*classes,
+                  shortcut=part("shortcut"), conv=part("conv"))
     return dict(total=sum(counts.values()), **counts)

@@ -194,8 +194,8 @@ FAR = dict(float32=(5e-6,)*3, bfloat16=(.0034, .0034, 1e-5), float16=(.0068, .00
 
 
 def follow_winograd(shape, dtype, unit=1.):
-    """Within two roundings to bfloat16 (0.0017 each), or with products of float16 within four; then a weight's gradient,
-    which is not rounded."""
+    """Within two roundings to bfloat16 (0.0017 each), or with products of float16 within four; then a weight's
+    gradient, which is not rounded."""
     x, w, dy, bias = conv_case(*shape, dtype)
     x, dy, bias = x*unit, dy/unit, bias*unit
     got = (

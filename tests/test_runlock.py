@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from bnonly import runlock
 from bnonly.experiment import Spec, load_record, run_dir, seal, write
-from bnonly.runlock import LostLock, RunLock, ended, holder, this_process, tidy
+from bnonly.processes import ended, started, this_process
+from bnonly.runlock import LostLock, RunLock, holder, tidy
 
 # The model: a world that processes change in atomic steps. A process is where it stands in its program, and one value.
 # The adversary may end it (crash) or let it sleep until it counts as gone (stall) before each of its steps.
@@ -319,7 +320,7 @@ def test_a_process_is_known_by_its_start_its_boot_and_its_space(tmp_path):
     ):
         assert not ended(me | dict(pid=gone.pid) | told)
     zombie = subprocess.Popen(["true"])
-    while runlock.started(zombie.pid) != "ended": time.sleep(.01)
+    while started(zombie.pid) != "ended": time.sleep(.01)
     assert ended(me | dict(pid=zombie.pid, start="2"))
     zombie.wait()
     elsewhere(tmp_path, pid=gone.pid)

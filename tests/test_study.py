@@ -15,7 +15,8 @@ from bnonly.cli import COMMANDS, main, options, parse
 from bnonly.experiment import preset, results, run_dir, runs_dir, summary
 from bnonly.findings import HEADLINES, MAIN_CLAIMS, accuracies, comparisons
 from bnonly.report import inputs, overview, pages, report, runs_page, settings, unmeasured
-from bnonly.runlock import ended, holder
+from bnonly.processes import ended
+from bnonly.runlock import holder
 from bnonly.sweep import state
 
 ROOT = Path(__file__).parents[1]
