@@ -2,14 +2,18 @@
 
 Modules:
 
+- `bnonly.bench`: How long a training step takes, beside what one would use instead: `bnonly bench`.
+- `bnonly.bounds`: How fast a training step could be, by the rates at which a machine multiplies matrices and copies memory.
 - `bnonly.cache`: Images that were decoded once, kept as one file of tensors which is mapped into memory at the next start.
 - `bnonly.checkpoint`: What is kept of a run while it trains, and its record when it has ended.
-- `bnonly.cli`: The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore | bench | campaign.
+- `bnonly.cli`: The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore | bench.
 - `bnonly.faults`: Convolutions around two faults of PyTorch 2.15.0 with oneDNN 3.13.3 on a CPU, which `tests/convolution_faults.py` found. Both are in the gradient of the weight.
 - `bnonly.layers`: The layers of the networks: PyTorch's modules, which call the operators of `bnonly.ops` once they are prepared.
 - `bnonly.logs`: What training says: lines of the logger 'bnonly'.
 - `bnonly.ops`: The operators that the networks are made of on a CPU: their definitions in PyTorch, and the compiled kernels that compute the same, registered with PyTorch.
 - `bnonly.pages`: Pages that hold what others may have written: templates that escape, tables, and notebooks made harmless.
+- `bnonly.peers`: What a step is timed beside: a plain fastai `Learner`, plain PyTorch loops, and open_lth, the authors' framework.
+- `bnonly.penalties`: What may be added to the loss in BatchNorm's place, and what is measured at the last layer, as fastai callbacks.
 - `bnonly.readers`: The published files of CIFAR-10, CIFAR-10.1, CIFAR-10-C, MNIST and SVHN as arrays.
 - `bnonly.runlock`: The run lock: one process at a time works in the folder of a run; one that lost its lock writes nothing more there.
 - `bnonly.shapes`: The shapes of the networks, said once: blocks and channels of each stage, and how many numbers that makes.

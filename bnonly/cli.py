@@ -1,4 +1,4 @@
-"""The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore | bench | campaign.
+"""The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore | bench.
 
 A command is a function; its parameters are the options and their comments the help (fastcore.script). It imports only
 what it needs. A mistake is answered by one sentence: a wrong command or option ends with status 2, as in any program,
@@ -164,16 +164,7 @@ def bench(archs: str = "resnet14,resnet56,wrn14-4,vgg11",   # networks
     bench(archs.split(","), policies.split(","), open_lth, rounds, say)
 
 
-def campaign(minutes: float = 25,     # of training
-             out: str = "home",       # the folder for the archives
-             workers: int = 0,        # processes; 0 is one for each core
-             study: str = "paper"):   # a section of settings.ini
-    "Train what is most worth it while a machine is at hand, and pack the records."
-    from .campaign import campaign
-    campaign(minutes, out, workers, study)
-
-
-COMMANDS = {f.__name__: f for f in (train, study, figures, claims, report, explore, bench, campaign)}
+COMMANDS = {f.__name__: f for f in (train, study, figures, claims, report, explore, bench)}
 
 # -------- reading them
 
@@ -208,7 +199,7 @@ def parse(argv: list) -> tuple[str, dict]:
     return command, {k: v for k, v in args.items() if k not in ("pdb", "xtra")}   # fastcore's own
 
 
-BETWEEN = dict(workers=(0, 10_000), gpus_per_run=(0, 1_000), minutes=(0, 10_000), rounds=(1, 10_000))   # least, most
+BETWEEN = dict(workers=(0, 10_000), gpus_per_run=(0, 1_000), rounds=(1, 10_000))   # least, most
 
 
 def check(command: str, args: dict):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from .captions import TABLES, described, pictures, stand_ins
 from .checked import read_bytes
-from .cli import main   # noqa: F401  (where it was before)
 from .experiment import Spec, choose, parse_arch, preset, presets, records, results, root, runs_dir, write
 from .findings import RULE, RULE_OF_COMPARISONS, accuracies, claims_table, comparisons, headline, one_sentence
 from .pages import as_table, notebook_cells, render
@@ -219,7 +218,7 @@ def figures(study: str, say=print) -> Path:
     from .features import analyse_study
     finished(study)
     todo = drawing(study)
-    if {"08_affine", "09_activations"} & set(todo):
+    if "08_affine" in todo:
         analyse_study(study, say)
     for i, name in enumerate(todo, 1):
         say(f"{study}: executing {name} ({i} of {len(todo)} notebooks)")

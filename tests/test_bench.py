@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
-from bnonly.bench import bench_kernels, bench_steps, candidates, processes, seconds_of, tick, work
+from bnonly.bench import bench_goals, bench_kernels, bench_steps
+from bnonly.bounds import work
 from bnonly.experiment import runs_dir
 from bnonly.cli import main
 from bnonly.native import kernels
+from bnonly.peers import candidates, processes, seconds_of, tick
 
 
 def test_a_row_of_the_benchmark(capsys, monkeypatch):
@@ -59,6 +61,13 @@ def test_goals_from_the_command_line(monkeypatch, capsys):
     )
     main(["bench", "--goals"])
     assert capsys.readouterr().out == "160 epochs of resnet14: 25.5 (the goal, on one H200: 30)\n"
+
+
+def test_goals_are_measured_on_whole_runs():
+    "Two epochs of the smallest network on digits, one seed and five at once."
+    found = bench_goals("digits", ["160 epochs of resnet8", "five seeds of resnet8 beside one"], 2, say=lambda row: None)
+    assert [r["what"].split()[0] for r in found["rows"]] == ["160", "five"] and all(r["measured"] > 0 for r in found["rows"])
+    assert json.loads(next((runs_dir() / "bench").glob("*,goals.json")).read_text()) == found
 
 
 def test_steps_that_price_a_study(monkeypatch, capsys):
@@ -121,7 +130,7 @@ def test_a_kernel_beside_pytorchs_operator(monkeypatch, capsys):
 
 
 def test_the_peers_that_can_run_here(monkeypatch):
-    monkeypatch.setattr("bnonly.bench.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("bnonly.peers.multiplies_bfloat16", lambda device: False)
     assert candidates() == ["bnonly", "fastai", "torch", "tuned torch", "compiled torch"]
-    monkeypatch.setattr("bnonly.bench.multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("bnonly.peers.multiplies_bfloat16", lambda device: True)
     assert {"open_lth", "tuned torch, bfloat16", "compiled torch, bfloat16"} <= {*candidates("a checkout")}

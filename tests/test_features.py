@@ -242,9 +242,8 @@ def table(**columns):
 
 def test_shares_of_small_gammas_and_silent_relus():
     "Of five channels two are below 0.01; four have a ReLU, and one of those is silent."
-    from bnonly.activations import activity, silent
     from bnonly.accuracy import plain
-    from bnonly.affine import small_gammas
+    from bnonly.affine import activity, silent, small_gammas
     toy = table(layer=0, role=0, gamma=[0., -.009, .02, .06, -.5], beta=0., zero=[1., .99, .5, 0., np.nan])
     shares = small_gammas(toy)
     assert len(shares) == 6*3 and set(shares[shares.threshold == "0.01"].share) == {40.}
@@ -259,7 +258,7 @@ def test_shares_of_small_gammas_and_silent_relus():
 
 
 def test_always_on_is_not_often_on():
-    from bnonly.activations import activity
+    from bnonly.affine import activity
     toy = table(layer=0, role=0, gamma=1., beta=0., zero=[0., .009, .02, .05, .1, .7, .71, .99, .991, 1.])
     assert activity(toy).xs(("resnet20", "bn"), level=("arch", "policy")).iloc[0][
         ["silent", "on", "between"]
@@ -302,16 +301,16 @@ def test_decay_alone_by_its_optimizer():
 
 def test_figures_without_runs_say_so_in_words():
     import matplotlib.pyplot as plt
-    from bnonly import activations, affine
+    from bnonly import affine
     none, cut = channels("no such study"), clamped("no such study")
     figures = [
         affine.fig04(none),
         affine.fig05(none),
         affine.fig06(cut),
         affine.fig_decay(none, cut),
-        activations.fig07(none),
+        affine.fig07(none),
         *(affine.distributions(none, n) for n in affine.DISTRIBUTIONS),
-        *(activations.frequencies(none, n) for n in activations.FREQUENCIES),
+        *(affine.frequencies(none, n) for n in affine.FREQUENCIES),
     ]
     assert len(figures) == 5 + 8 + 3
     for fig in figures:

@@ -8,14 +8,16 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from bnonly.contents import contents
 from bnonly.experiment import Spec, preset
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-LIGHT = ("checked", "experiment", "features", "accuracy", "affine", "activations", "mlp", "claims", "explore", "pages",
+LIGHT = ("checked", "experiment", "features", "accuracy", "affine", "mlp", "claims", "explore", "pages",
          "captions", "findings", "report", "cli")   # import no torch: tables, figures, the report and the command line
 
 
@@ -33,23 +35,85 @@ def modules():
     return found
 
 
+MODULES = modules()
+
+
+def names(source):
+    "The modules of this package that some code imports, wherever in it."
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): found |= {a.name.removeprefix("bnonly.") for a in node.names if a.name.startswith("bnonly.")}
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").split(".")[0] == "bnonly"): continue
+        inside = (node.module or "").removeprefix("bnonly").removeprefix(".")
+        found |= {inside} if inside else {a.name for a in node.names if (ROOT / f"bnonly/{a.name}.py").exists()}   # else the version
+    return found
+
+
 def imported(module):
-    "The modules of this package that one imports, wherever in it."
-    tree = ast.walk(ast.parse((ROOT / f"bnonly/{module}.py").read_text()))
-    found = [node.module or "" for node in tree if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("bnonly"))]
-    return {name.removeprefix("bnonly.") for name in found} - {"", "bnonly"}   # the version is the package's own
+    return names((ROOT / f"bnonly/{module}.py").read_text())
 
 
+@lru_cache(None)
 def level(module):
     "The number of a module's notebook; a plain module stands just above the highest one that it imports."
-    numbers = modules()
-    return numbers[module] if module in numbers else max(map(level, imported(module)), default=-1) + .01
+    return MODULES[module] if module in MODULES else max(map(level, imported(module)), default=-1) + .01
 
 
-@pytest.mark.parametrize("module", modules())
+def test_notebooks_are_numbered_without_gaps_or_doubles():
+    "And named as the modules that they export."
+    numbered = [nb.stem for nb in NOTEBOOKS if nb.stem != "index"]
+    assert [n[:3] for n in numbered] == [f"{i:02}_" for i in range(15)]
+    assert {n[3:] for n in numbered} - set(MODULES) == {"kernels"} and set(MODULES) < {n[3:] for n in numbered}
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_imports_point_only_to_lower_numbers(module):
     for other in imported(module):
         assert level(other) < level(module), f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("notebook", [nb for nb in NOTEBOOKS if nb.stem != "index"], ids=lambda p: p.stem)
+def test_lessons_import_only_from_above(notebook):
+    "Its own number, what is lower, and plain modules that need nothing higher."
+    for c in cells(notebook):
+        source = re.sub(r"(?m)^ *[%!].*", "", "".join(c["source"]))
+        assert not [n for n in names(source) if int(level(n)) > int(notebook.name[:2])], c["id"]
+
+
+def test_the_readme_and_the_index_list_the_notebooks():
+    "Each once, in order, with the line below its title: what `python -m bnonly.contents` writes."
+    for file, text in contents(ROOT).items():
+        assert file.read_text() == text, f"python -m bnonly.contents writes {file.name} anew"
+    for file, at in (("README.md", "nbs/"), ("nbs/index.ipynb", "")):
+        listed = re.findall(rf"\| \[(\w+)\]\({at}(\w+).ipynb\) \|", (ROOT / file).read_text())
+        assert listed == [(nb.stem, nb.stem) for nb in NOTEBOOKS if nb.stem != "index"], file
+
+
+def test_a_notebook_that_is_not_listed_is_noticed(tmp_path):
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copy(ROOT / "nbs/14_explore.ipynb", tmp_path / "nbs/15_more.ipynb")
+    assert all("15_more" in text and file.read_text() != text for file, text in contents(tmp_path).items())
+    (tmp_path / "README.md").write_text("no marks")
+    with pytest.raises(ValueError, match="README.md needs the lines"): contents(tmp_path)
+    (tmp_path / "nbs/15_more.ipynb").write_text(json.dumps(dict(cells=[dict(source=["# more"])])))
+    with pytest.raises(ValueError, match="15_more.ipynb does not open with"): contents(tmp_path)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_headings_stand_in_cells_of_their_own(notebook):
+    "But for the opening."
+    found = ["".join(c["source"]).strip() for c in cells(notebook, "markdown")[1:]]
+    assert not [t for t in found if re.search("(?m)^#+ ", t) and "\n" in t]
+
+
+def test_no_definition_stands_in_two_notebooks():
+    found = {}
+    for nb in NOTEBOOKS:
+        for c in cells(nb):
+            source = "".join(c["source"]).strip()
+            if re.search("(?m)^(def|class) ", source): found.setdefault(source, []).append(nb.stem)
+    assert not [where for where in found.values() if len(where) > 1]
 
 
 IMPORTS = """
@@ -83,7 +147,10 @@ def test_export_and_clean_change_nothing(tmp_path):
     assert len(list((tmp_path / "bnonly").iterdir())) == len([f for f in (ROOT / "bnonly").iterdir() if f.name != "__pycache__"])
 
 
-@pytest.mark.parametrize("notebook", [nb for nb in NOTEBOOKS if nb.name[:2] in ("04", "08", "09", "10", "11", "12") or nb.stem == "07_accuracy"], ids=lambda p: p.stem)
+EXECUTED = "04_train", "07_accuracy", "08_affine", "10_mlp", "11_regularization", "12_claims"   # by papermill, for a study
+
+
+@pytest.mark.parametrize("notebook", [ROOT / f"nbs/{name}.ipynb" for name in EXECUTED], ids=lambda p: p.stem)
 def test_parameters_cells_are_tagged(notebook):
     "Without the tag papermill would inject its values above the defaults, which then win."
     tagged = [c for c in cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
@@ -149,7 +216,7 @@ def test_what_a_cell_shows_is_there(notebook):
 
 def test_public_names_have_docstrings():
     import importlib
-    for module in modules():
+    for module in MODULES:
         m = importlib.import_module(f"bnonly.{module}")
         for name in m.__all__:
             o = getattr(m, name)

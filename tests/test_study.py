@@ -102,7 +102,7 @@ def test_its_pages_in_a_browser(here, page):
     if not folder.exists():
         pytest.skip("the report of this module's first test is not there")
     files = sorted(folder.glob("*.html"))
-    assert {"index", "figures", "claims", "runs", "settings", "article", "00_experiment", "07_accuracy", "15_report"} <= {f.stem for f in files}
+    assert {"index", "figures", "claims", "runs", "settings", "article", "00_experiment", "07_accuracy", "14_explore"} <= {f.stem for f in files}
     page.set_viewport_size(dict(width=375, height=800))
     ids, links = {}, []
     for file in files:
@@ -155,7 +155,7 @@ def test_a_mistake_ends_in_one_sentence(args, answer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("args,answer", [(["train", "--study", "../outside"], "the nearest is 'outside'"), (["train", "--study", ""], "is not a name of letters"),
                                          (["claims", ""], "is not a name of letters"), (["figures", "demo"], "no finished run"),
                                          (["study", "demo", "--workers", "-3", "--dry-run"], "--workers -3 .* between 0 and 10000"),
-                                         (["study", "demo", "--gpus-per-run", "-1"], "--gpus-per-run -1.0 "), (["campaign", "--minutes", "nan"], "--minutes nan "), (["bench", "--rounds", "0"], "--rounds 0 "),
+                                         (["study", "demo", "--gpus-per-run", "-1"], "--gpus-per-run -1.0 "), (["bench", "--rounds", "0"], "--rounds 0 "),
                                          (["study", "demo", "--engine", "rya", "--dry-run"], "the nearest is 'ray'"),
                                          (["study", "demo", "--engine", "joblib"], "is not one of processes, ray")])
 def test_what_nothing_can_be_done_with_is_refused(args, answer):
@@ -232,7 +232,7 @@ def test_only_training_and_timing_go_without_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setitem(COMMANDS, "train", lambda **_: None)
     main(["train"])
     for lacks in ("settings.ini", "nbs/04_train.ipynb"):
-        for command in (["study", "demo"], ["report", "demo"], ["explore"], ["campaign"]):
+        for command in (["study", "demo"], ["report", "demo"], ["explore"]):
             with pytest.raises(SystemExit, match=f"needs a checkout, and .* has no {lacks};"):
                 main(command)
         (tmp_path / "settings.ini").touch()
