@@ -15,6 +15,7 @@ Modules:
 - `bnonly.peers`: What a step is timed beside: a plain fastai `Learner`, plain PyTorch loops, and open_lth, the authors' framework.
 - `bnonly.penalties`: What may be added to the loss in BatchNorm's place, and what is measured at the last layer, as fastai callbacks.
 - `bnonly.readers`: The published files of CIFAR-10, CIFAR-10.1, CIFAR-10-C, MNIST and SVHN as arrays.
+- `bnonly.readme`: The parts of the README and the index that follow from other files: `python -m bnonly.readme` writes them.
 - `bnonly.runlock`: The run lock: one process at a time works in the folder of a run; one that lost its lock writes nothing more there.
 - `bnonly.shapes`: The shapes of the networks, said once: blocks and channels of each stage, and how many numbers that makes.
 - `bnonly.tiny_imagenet`: Tiny ImageNet: 200 classes of ImageNet at 64x64 pixels, 500 images of each to train on and 50 to test on.

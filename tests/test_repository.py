@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from bnonly.contents import contents
+from bnonly.readme import PARTS, readme
 from bnonly.experiment import Spec, preset
 
 ROOT = Path(__file__).parents[1]
@@ -80,24 +80,38 @@ def test_lessons_import_only_from_above(notebook):
         assert not [n for n in names(source) if int(level(n)) > int(notebook.name[:2])], c["id"]
 
 
-def test_the_readme_and_the_index_list_the_notebooks():
-    "Each once, in order, with the line below its title: what `python -m bnonly.contents` writes."
-    for file, text in contents(ROOT).items():
-        assert file.read_text() == text, f"python -m bnonly.contents writes {file.name} anew"
+def test_the_readme_follows_the_notebooks_and_the_records(monkeypatch):
+    "What `python -m bnonly.readme` writes: every notebook once and in order, every number as the records have it."
+    monkeypatch.delenv("BNONLY_RUNS")
+    for file, text in readme(ROOT).items():
+        assert file.read_text() == text, f"python -m bnonly.readme writes {file.name} anew"
     for file, at in (("README.md", "nbs/"), ("nbs/index.ipynb", "")):
         listed = re.findall(rf"\| \[(\w+)\]\({at}(\w+).ipynb\) \|", (ROOT / file).read_text())
         assert listed == [(nb.stem, nb.stem) for nb in NOTEBOOKS if nb.stem != "index"], file
 
 
 def test_a_notebook_that_is_not_listed_is_noticed(tmp_path):
+    lessons = {"notebooks": PARTS["notebooks"]}
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copy(ROOT / "nbs/14_explore.ipynb", tmp_path / "nbs/15_more.ipynb")
-    assert all("15_more" in text and file.read_text() != text for file, text in contents(tmp_path).items())
+    assert all("15_more" in text and file.read_text() != text for file, text in readme(tmp_path, lessons).items())
     (tmp_path / "README.md").write_text("no marks")
-    with pytest.raises(ValueError, match="README.md needs the lines"): contents(tmp_path)
+    with pytest.raises(ValueError, match="README.md needs the lines"): readme(tmp_path, lessons)
     (tmp_path / "nbs/15_more.ipynb").write_text(json.dumps(dict(cells=[dict(source=["# more"])])))
-    with pytest.raises(ValueError, match="15_more.ipynb does not open with"): contents(tmp_path)
+    with pytest.raises(ValueError, match="15_more.ipynb does not open with"): readme(tmp_path, lessons)
+
+
+def test_another_record_changes_the_readme(tmp_path, monkeypatch):
+    "A number that follows a record is not written by hand."
+    monkeypatch.setenv("BNONLY_RUNS", str(tmp_path))
+    shutil.copytree(ROOT / "runs/bench", tmp_path / "bench")
+    before = PARTS["speed"](ROOT)
+    file = tmp_path / "bench/cpu,avx2,resnet14,resnet56,bn,all.json"
+    record = json.loads(file.read_text())
+    record["rows"][0]["images_per_second"] = 123456
+    file.write_text(json.dumps(record))
+    assert "123,456" in PARTS["speed"](ROOT) and "123,456" not in before
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
@@ -222,58 +236,3 @@ def test_public_names_have_docstrings():
             o = getattr(m, name)
             if inspect.isfunction(o) or inspect.isclass(o):
                 assert o.__doc__ or len(inspect.getsource(o).splitlines()) <= 4, f"{module}.{name}"
-
-
-def test_numbers_in_the_readme_come_from_records(monkeypatch):
-    "Each row of the README's table of results is what the committed records say."
-    from bnonly.experiment import results, summary
-    monkeypatch.delenv("BNONLY_RUNS")
-    found = {(r["arch"].replace("-", ""), r["policy"]): r for r in summary(results("short")).to_dict("records")}
-    rows = re.findall(r"^\| (\S+) \| (\S+) \| ([\d.]+)(?: ± ([\d.]+))? \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
-    assert len(rows) >= 4
-    for arch, policy, mean, sd, n in rows:
-        r = found[arch.lower().replace("-", ""), policy]
-        assert (mean, n) == (f"{r['mean']:.1f}", str(r["n"])) and (not sd or sd == f"{r['sd']:.1f}"), (arch, policy)
-
-
-def test_the_readme_tells_what_the_whole_schedule_gave(monkeypatch):
-    "The sentence on runs/paper, and its cell of the table, hold the ledger's numbers."
-    from bnonly.claims import gather, ledger
-    from bnonly.experiment import results
-    monkeypatch.delenv("BNONLY_RUNS")
-    found, readme, reached = ledger(gather("paper")).set_index("id"), (ROOT / "README.md").read_text(), results("paper").accuracy
-    told, = re.findall(r"reaches ([\d.]+) ± [\d.]+%.* Of its gammas ([\d.]+)% .* ([\d.]+)% of its ReLUs", readme)
-    for number, claim in zip(told, ("r14-bn-acc", "disabled-third", "silent-bn")):
-        assert float(number) == float(found.measured[claim].split()[0]) and found.n[claim] == "3", claim
-    mean, error = re.findall(r"[\d.]+", found.measured["clamp01-bn"])[:2]
-    assert re.findall(r"changes by ([\d.]+) ± ([\d.]+) points", readme) == [(f"{float(mean):.2f}", f"{float(error):.2f}")]
-    assert re.findall(r"n = (\d) .*ResNet-14 \| bn \| [^|]+\| 4 \| ([^|]+) \|", readme, re.S) == [("3", f"{reached.mean():.1f} ± {reached.std():.1f}")]
-    assert f"reaches {reached.mean():.1f} ± {reached.std():.1f}%" in readme
-
-
-def test_the_readme_tells_what_mlps_reached(monkeypatch):
-    "The sentence on runs/mlp holds the ledger's numbers."
-    from bnonly.claims import HENRIKSBOE, gather, ledger
-    from bnonly.experiment import results
-    monkeypatch.delenv("BNONLY_RUNS")
-    found, readme = ledger(gather("mlp"), HENRIKSBOE).set_index("id"), (ROOT / "README.md").read_text()
-    told, = re.findall(r"reaches ([\d.]+ to [\d.]+)% at 4 to 14 .*?, ([\d.]+ to [\d.]+) points above .*? LeNet-5 ([\d.]+)%", readme)
-    for number, claim in zip(told, ("mlp784-95", "mlp784-random", "lenet-bn")):
-        assert re.match(re.escape(number) + r"\b(?!\.)", found.measured[claim]) and found.n[claim] == "5", claim
-    left, whole = map(float, *re.findall(r"only ([\d.]+) of ([\d.]+) points are left", readme))
-    mean = results("mlp").query("arch == 'mlp4-784'").groupby(["policy", "norm"]).accuracy.mean()
-    bn, normalized, plain = mean["gamma", "batch"], mean["scattered1", "batch"], mean["scattered1", "none"]
-    assert (left, whole) == (round(bn - plain, 1), round(bn - normalized, 1))
-
-
-def test_the_kernels_learn_as_well_as_pytorch(monkeypatch):
-    "ResNet-14, BatchNorm only, 16 epochs of CIFAR-10 (JPEG): the committed runs of both agree within one standard error, those with tiles of 4x4 in float32 within two."
-    from statistics import mean, variance
-    from bnonly.experiment import records
-    monkeypatch.delenv("BNONLY_RUNS")
-    spec = lambda r: Spec(arch="resnet14", policy="bn", data="cifar10", epochs=16, seed=r["spec"]["seed"]).__dict__
-    reached = lambda *studies: [r["final"]["accuracy"] for s in studies for r in records(s) if r["spec"] == spec(r)]
-    pytorch = reached("plain", "plain16")
-    for ours, errors in ((reached("fused", "short"), 1), (reached("tiles"), 1), (reached("tiles4"), 2), (reached("halves"), 1)):
-        assert min(len(pytorch), len(ours)) >= 4
-        assert abs(mean(pytorch) - mean(ours)) <= errors * (variance(pytorch)/len(pytorch) + variance(ours)/len(ours))**.5
