@@ -11,7 +11,7 @@ __all__ = ['NORM', 'BLOCKS', 'FEATURES', 'AFFINE', 'ROLES', 'OTHER_NORMS', 'conv
            'ends', 'named_modules', 'place', 'roles']
 
 # %% ../nbs/02_models.ipynb #71a8c16a
-import math, operator
+import math, operator, re
 
 import numpy as np
 import torch
@@ -402,14 +402,17 @@ def create_model(arch:str,                 # e.g. 'resnet56', 'wrn14-4', 'vgg16'
 # %% ../nbs/02_models.ipynb #3cd19c59
 ROLES = "conv", "bn", "norm", "shortcut", "output"
 OTHER_NORMS = nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm
+_CALLED_NORM = re.compile(r"norm|^(Sync)?(BN|LN|GN|FRN|RMS|GRN)(\dd)?$", re.I)   # a class of the user's own
 
 def normalization(m:nn.Module) -> str:   # 'bn', 'norm', or '' for a module that is none
     "Which kind of normalization a module is."
     if isinstance(m, nn.modules.batchnorm._BatchNorm): return "bn"
     if isinstance(m, OTHER_NORMS): return "norm"
-    own = [*m.parameters(recurse=False)]
-    if not own or not any("norm" in c.__name__.lower() for c in type(m).__mro__): return ""
-    return "norm" if all(p.numel() == max(p.shape, default=1) for p in own) and len(own) == len([*m.parameters()]) else ""
+    if not any(_CALLED_NORM.search(c.__name__) for c in type(m).__mro__): return ""
+    at = {name: place(name)[0] for name,_ in m.named_parameters()}
+    own = [m.get_parameter(name) for name,module in at.items() if not module]
+    vectors = all(p.numel() == max(p.shape, default=1) for p in own)
+    return "norm" if own and vectors and all(normalization(m.get_submodule(i)) for i in {*at.values()} - {""}) else ""
 
 # %% ../nbs/02_models.ipynb #6b22d4be
 def trace(model:nn.Module) -> tuple:   # (nodes in their order, node to the module whose weights it applies)

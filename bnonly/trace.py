@@ -1,7 +1,10 @@
 """The forward pass of anybody's model as a graph, without running a hook or changing the model or a random state."""
+import copy
 import random
 import warnings
+from collections import deque
 from contextlib import contextmanager
+from types import MethodType
 
 import numpy as np
 import torch
@@ -13,22 +16,32 @@ HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pr
 
 
 def shadow(model: nn.Module, known: dict = None) -> nn.Module:
-    """A model with the same classes, names and parameters (the very same tensors), which may be changed freely.
+    """A model with the same classes and names, which may be changed freely.
 
-    Buffers, tensors and containers among its attributes are copies, and it has no hooks.
+    Its parameters are on the meta device, it has no hooks, and its other attributes are as `copied` gives them.
     """
     known = {} if known is None else known
-    if model in known: return known[model]
-    known[model] = new = object.__new__(type(model))
-    for name, value in vars(model).items():
-        if isinstance(value, (dict, list, set)): value = value.copy()
-        elif isinstance(value, torch.Tensor): value = value.detach().clone()
-        new.__dict__[name] = value
+    known[id(model)] = new = object.__new__(type(model))
+    for name, value in vars(model).items(): new.__dict__[name] = copied(value, known)
     for name in HOOKS: new.__dict__[name].clear()
-    for name, t in new._buffers.items():
-        if t is not None: new._buffers[name] = t.detach().clone()
-    for name, m in new._modules.items():
-        if m is not None: new._modules[name] = shadow(m, known)
+    return new
+
+
+def copied(value, known: dict):   # id of what was copied already to its copy
+    "A copy of a module, a tensor, a random generator, or a container and all that it holds; other objects are the same."
+    if id(value) in known: return known[id(value)]
+    if isinstance(value, nn.Module): return shadow(value, known)
+    if isinstance(value, nn.Parameter): new = nn.Parameter(torch.empty_like(value, device="meta"), value.requires_grad)
+    elif isinstance(value, torch.Tensor): new = value.detach().clone()
+    elif isinstance(value, torch.Generator): new = value.clone_state()
+    elif isinstance(value, (random.Random, np.random.RandomState, np.random.Generator)): new = copy.deepcopy(value)
+    elif isinstance(value, MethodType): new = MethodType(value.__func__, copied(value.__self__, known))
+    elif type(value) is tuple: new = tuple(copied(v, known) for v in value)
+    elif isinstance(value, (dict, list, set, deque)): new = copy.copy(value)
+    else: return value
+    known[id(value)] = new
+    if isinstance(new, (dict, list, deque)):
+        for key, v in list(new.items() if isinstance(new, dict) else enumerate(new)): new[key] = copied(v, known)
     return new
 
 
