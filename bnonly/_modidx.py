@@ -295,7 +295,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'bnonly.models.orthogonal': ('models.html#orthogonal', 'bnonly/models.py'),
                                'bnonly.models.output_layer': ('models.html#output_layer', 'bnonly/models.py'),
                                'bnonly.models.pad_to_32': ('models.html#pad_to_32', 'bnonly/models.py'),
-                               'bnonly.models.place': ('models.html#place', 'bnonly/models.py'),
                                'bnonly.models.replace_norm': ('models.html#replace_norm', 'bnonly/models.py'),
                                'bnonly.models.roles': ('models.html#roles', 'bnonly/models.py'),
                                'bnonly.models.shortcut': ('models.html#shortcut', 'bnonly/models.py'),

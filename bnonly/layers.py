@@ -154,9 +154,15 @@ def norm_act(norm, x, residual=None):
 
 
 class Chain(nn.Sequential):
-    "Convolutions, poolings, stages and normalizations one after the other, each normalization with its ReLU."
+    """Convolutions, poolings, stages and normalizations one after the other, each normalization with its ReLU.
+
+    The ReLU belongs to the place: it stays, whatever is put there instead of a `BatchNormAct`."""
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.activated = {i for i, m in enumerate(self) if getattr(m, "activates", False)}
+
     def forward(self, x):
-        for m in self: x = m(x) if isinstance(m, (nn.Conv2d, nn.MaxPool2d, nn.Sequential)) else norm_act(m, x)
+        for i, m in enumerate(self): x = norm_act(m, x) if i in self.activated else m(x)
         return x
 
 

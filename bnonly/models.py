@@ -7,7 +7,7 @@ __all__ = ['NORM', 'RESIDUAL', 'FEATURES', 'AFFINE', 'ROLES', 'conv', 'Shortcut'
            'ResNet', 'cifar_resnet', 'imagenet_resnet', 'PreActBlock', 'wide_resnet', 'efficientnet', 'VGG',
            'AffineAct', 'MLP', 'pad_to_32', 'LeNet', 'build', 'BiasAct', 'FixupConv', 'Swish', 'Swished', 'branches',
            'replace_norm', 'generator', 'he_normal', 'he_uniform', 'binary', 'orthogonal', 'initialize', 'fixup',
-           'create_model', 'is_own', 'output_layer', 'ends', 'named_modules', 'place', 'roles']
+           'create_model', 'is_own', 'output_layer', 'ends', 'named_modules', 'roles']
 
 # %% ../nbs/02_models.ipynb #71a8c16a
 import math
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .experiment import BN_INITS, INITS, Spec, choose, derive_seed, parse_arch
 from .layers import BatchNormAct, Chain, Conv2d, Linear, MaxPool2d, Stage, norm_act
 from .shapes import BLOCKS, IMAGENET_CHANNELS, VGG_CHANNELS, VGG_LAYERS, scaled
-from .trace import core, last_layers, normalization, on_shortcuts, refuse_hidden, trace
+from .trace import core, last_layers, normalization, on_shortcuts, place, refuse_hidden, trace
 
 # %% ../nbs/02_models.ipynb #d03472fe
 def conv(c_in:int, c_out:int, size:int, stride:int=1) -> Conv2d:
@@ -437,12 +437,6 @@ def _ask(model, last, why):
     return f"the output layer of {type(model).__name__} cannot be told ({what.rstrip('.')}); {example} where there is none."
 
 # %% ../nbs/02_models.ipynb #cd806a31
-def place(name:str       # of a parameter
-         ) -> tuple:     # two names
-    "The module that holds a parameter, and the name of the weight it makes there."
-    module, parametrized, rest = f".{name}".partition(".parametrizations.")
-    return (module[1:], rest.partition(".")[0]) if parametrized else name.rpartition(".")[::2]
-
 def roles(model:nn.Module,
           output:str|tuple|None=None,  # the output's module, where it cannot be told
           norms_only:bool=False        # do without output and shortcuts, whose roles are then 'conv'

@@ -18,8 +18,8 @@ from torch.nn.utils import parametrize
 
 # %% ../nbs/03_policies.ipynb #8d74ee28
 from .experiment import choose, parse_policy
-from .models import ROLES, ends, generator, is_own, place, roles
-from .trace import core, normalization, refuse_hidden
+from .models import ROLES, ends, generator, is_own, roles
+from .trace import core, normalization, place, refuse_hidden
 
 # %% ../nbs/03_policies.ipynb #e152f2e2
 class RandomEntries(nn.Module):
@@ -89,7 +89,7 @@ def freeze(model:nn.Module,            # from `create_model`, or any other
     choose("statistics", statistics, ["batch", "frozen"])
     _refuse(model)
     found = roles(model, output, norms_only=not _NEEDS & set(tokens))
-    has, made = set(found.values()), isinstance(getattr(own, "made", None), dict)
+    has, made = set(found.values()), "arch" in (getattr(own, "made", None) or ())
     if not made: _present(model, tokens, has)
     if "output" in tokens: _tied(model, output, found)
     if {"all-affine", "gamma", "all-beta"} & set(tokens): gammas_and_betas(model)
@@ -179,6 +179,7 @@ def gammas_and_betas(model) -> tuple:   # two dicts, name to parameter
     "Every gamma and every beta; `ValueError` for a normalization whose parameters are called otherwise."
     found = {}, {}
     for n,m in model.named_modules():
+        if normalization(m) and parametrize.is_parametrized(m): raise ValueError(f"the {type(m).__bases__[0].__name__} {n!r} computes its gamma or beta (a parametrization), so neither can rest; the nearest policy is 'norm'.")
         for kind,p in m.named_parameters(recurse=False) if normalization(m) else ():
             if kind.lower() not in GAMMA + BETA: raise ValueError(f"{kind!r} of the {type(m).__name__} {n!r} may be a gamma or a beta; the nearest policy that need not know is 'norm'.")
             found[kind.lower() in BETA][f"{n}.{kind}".lstrip(".")] = p
@@ -339,8 +340,9 @@ def load_moved(model:nn.Module,   # from the same seed, frozen by the same polic
     own = moved(model)
     if odd := sorted(set(tensors) ^ set(own)):
         raise ValueError(f"{odd[0]!r} is in only one of the model and what moved; use the spec they were trained with.")
+    kind = lambda t: f"{tuple(t.shape)} {t.dtype}" if isinstance(t, torch.Tensor) else f"a {type(t).__name__}"
     for n,t in own.items():
-        if (t.shape, t.dtype) != (tensors[n].shape, tensors[n].dtype):
-            raise ValueError(f"{n!r} is {tuple(t.shape)} {t.dtype} in the model and {tuple(tensors[n].shape)} {tensors[n].dtype} in what moved; use the spec they were trained with.")
+        if kind(t) != kind(tensors[n]):
+            raise ValueError(f"{n!r} is {kind(t)} in the model and {kind(tensors[n])} in what moved; use the spec they were trained with.")
     model.load_state_dict(tensors, strict=False)
     return model

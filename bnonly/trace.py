@@ -1,39 +1,55 @@
-"""What the forward pass of anybody's model tells of its layers, without running a hook or changing the model or a random state.
+"""What the forward pass of anybody's model tells of its layers, without running a hook or changing the model or a
+random state.
 
 Which of them normalize is told by their classes; which one is the output and which are on shortcuts, by the graph.
 """
+import copy
 import operator
 import random
+import re
 import warnings
+from collections import deque
 from contextlib import contextmanager
+from types import MethodType
 
 import numpy as np
 import torch
 from torch import fx, nn
 
-__all__ = ["BATCH_NORMS", "shadow", "same_randomness", "Layers", "follow", "normalization", "trace", "last_layers", "on_shortcuts", "core",
-           "refuse_hidden"]
+__all__ = ["BATCH_NORMS", "shadow", "same_randomness", "Layers", "follow", "normalization", "place", "trace",
+           "last_layers", "on_shortcuts", "core", "refuse_hidden"]
 
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
 def shadow(model: nn.Module, known: dict = None) -> nn.Module:
-    """A model with the same classes, names and parameters (the very same tensors), which may be changed freely.
+    """A model with the same classes and names, which may be changed freely.
 
-    Buffers, tensors and containers among its attributes are copies, and it has no hooks.
+    Its parameters are on the meta device, it has no hooks, and its other attributes are as `copied` gives them.
     """
     known = {} if known is None else known
-    if model in known: return known[model]
-    known[model] = new = object.__new__(type(model))
-    for name, value in vars(model).items():
-        if isinstance(value, (dict, list, set)): value = value.copy()
-        elif isinstance(value, torch.Tensor): value = value.detach().clone()
-        new.__dict__[name] = value
+    known[id(model)] = new = object.__new__(type(model))
+    for name, value in vars(model).items(): new.__dict__[name] = copied(value, known)
     for name in HOOKS: new.__dict__[name].clear()
-    for name, t in new._buffers.items():
-        if t is not None: new._buffers[name] = t.detach().clone()
-    for name, m in new._modules.items():
-        if m is not None: new._modules[name] = shadow(m, known)
+    return new
+
+
+def copied(value, known: dict):   # id of what was copied already to its copy
+    """A copy of a module, a tensor, a random generator, or a container and all that it holds; other objects are the
+    same."""
+    if id(value) in known: return known[id(value)]
+    if isinstance(value, nn.Module): return shadow(value, known)
+    if isinstance(value, nn.Parameter): new = nn.Parameter(torch.empty_like(value, device="meta"), value.requires_grad)
+    elif isinstance(value, torch.Tensor): new = value.detach().clone()
+    elif isinstance(value, torch.Generator): new = value.clone_state()
+    elif isinstance(value, (random.Random, np.random.RandomState, np.random.Generator)): new = copy.deepcopy(value)
+    elif isinstance(value, MethodType): new = MethodType(value.__func__, copied(value.__self__, known))
+    elif type(value) is tuple: new = tuple(copied(v, known) for v in value)
+    elif isinstance(value, (dict, list, set, deque)): new = copy.copy(value)
+    else: return value
+    known[id(value)] = new
+    if isinstance(new, (dict, list, deque)):
+        for key, v in list(new.items() if isinstance(new, dict) else enumerate(new)): new[key] = copied(v, known)
     return new
 
 
@@ -58,7 +74,8 @@ class Layers(fx.Tracer):
 def follow(model: nn.Module) -> list:
     "The nodes of the forward pass, in their order; `ValueError` in one line where it cannot be traced."
     try:
-        with warnings.catch_warnings(action="ignore"), same_randomness(): return list(Layers().trace(shadow(model)).nodes)
+        with warnings.catch_warnings(action="ignore"), same_randomness():
+            return list(Layers().trace(shadow(model)).nodes)
     except Exception as e:
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         raise ValueError(f"its forward pass cannot be traced: {why}") from None
@@ -68,6 +85,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
                nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
                nn.LazyInstanceNorm1d, nn.LazyInstanceNorm2d, nn.LazyInstanceNorm3d)
+CALLED_NORM = re.compile(r"norm|^(Sync)?(BN|LN|GN|FRN|RMS|GRN)(\dd)?$", re.I)   # a class of the user's own
 CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
 ACTIVATIONS = "relu relu_ relu6 leakyrelu leaky_relu prelu elu celu selu gelu silu mish hardswish".split()
 SUMS = operator.add, operator.iadd, torch.add, "add", "add_"
@@ -76,14 +94,24 @@ SUMS = operator.add, operator.iadd, torch.add, "add", "add_"
 def normalization(m: nn.Module) -> str:   # 'bn', 'norm', or '' for a module that is none
     """Which kind of normalization a module is.
 
-    PyTorch's are told by their type; another is a class that calls itself a norm, or stands on one that does, and holds
-    nothing but one number for each channel.
+    PyTorch's are told by their type; another is a class that calls itself a norm, or stands on one that does, and
+    holds nothing but one number for each channel, or other normalizations.
     """
     if isinstance(m, BATCH_NORMS): return "bn"
     if isinstance(m, OTHER_NORMS): return "norm"
-    own, names = [*m.parameters(recurse=False)], " ".join(c.__name__.lower() for c in type(m).__mro__)
-    vectors = own and len(own) == len([*m.parameters()]) and all(p.numel() == max(p.shape, default=1) for p in own)
-    return "" if not vectors or "norm" not in names else "bn" if "batchnorm" in names else "norm"
+    names = [c.__name__ for c in type(m).__mro__]
+    if not any(map(CALLED_NORM.search, names)): return ""
+    at = {name: place(name)[0] for name, _ in m.named_parameters()}
+    own = [m.get_parameter(name) for name, module in at.items() if not module]
+    inner = {normalization(m.get_submodule(name)) for name in {*at.values()} - {""}}
+    if not own or "" in inner or any(p.numel() != max(p.shape, default=1) for p in own): return ""
+    return "bn" if any("batchnorm" in name.lower() for name in names) else "norm"
+
+
+def place(name: str) -> tuple:   # name: of a parameter; two names
+    "The module that holds a parameter, and the name of the weight it makes there."
+    module, parametrized, rest = f".{name}".partition(".parametrizations.")
+    return (module[1:], rest.partition(".")[0]) if parametrized else name.rpartition(".")[::2]
 
 
 def trace(model: nn.Module) -> tuple:   # (nodes in their order, node to the module whose weights it applies)
@@ -96,15 +124,16 @@ def trace(model: nn.Module) -> tuple:   # (nodes in their order, node to the mod
 def _hides(model, n) -> str:   # 'norm', 'activation' or '': what a node behind a layer says of it
     m = model.get_submodule(n.target) if n.op == "call_module" else None
     if m is not None and normalization(m): return "norm"
-    name = type(m).__name__ if m is not None else n.target if n.op == "call_method" else getattr(n.target, "__name__", "")
+    called = n.target if n.op == "call_method" else getattr(n.target, "__name__", "")
+    name = called if m is None else type(m).__name__
     return "activation" if name.lower() in ACTIVATIONS else ""
 
 
 def _pointwise(m) -> bool: return isinstance(m, CONVOLUTIONS) and set(m.kernel_size) == {1}
 
 
-def last_layers(model: nn.Module, nodes: list, layers: dict) -> list:   # nodes and layers: as `trace` gives them; of modules
-    """The layers that feed the output with no other between.
+def last_layers(model: nn.Module, nodes: list, layers: dict) -> list:   # of modules
+    """The layers that feed the output with no other between; `nodes` and `layers` are as `trace` gives them.
 
     None of them where a normalization or, but for a 1x1 convolution, an activation follows: they are hidden ones.
     """
@@ -154,7 +183,9 @@ def refuse_hidden(model: nn.Module):
     for name, m in model.named_modules():
         what = f"{name!r} of this {type(model).__name__}" if name else "this model"
         if isinstance(m, torch.jit.ScriptModule) and any(True for _ in m.parameters()):
-            raise ValueError(f"{what} is a ScriptModule, which hides its layers; freeze the model before torch.jit.script.")
+            raise ValueError(f"{what} is a ScriptModule, which hides its layers; "
+                             "freeze the model before torch.jit.script.")
         lazy = nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer
         if any(isinstance(t, lazy) for t in (*m.parameters(False), *m.buffers(False))):
-            raise ValueError(f"{what} is lazy and uninitialized: it has no numbers before its first batch; call the model on one, then freeze.")
+            raise ValueError(f"{what} is lazy and uninitialized: it has no numbers before its first batch; "
+                             "call the model on one, then freeze.")

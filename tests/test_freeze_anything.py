@@ -2,7 +2,10 @@
 import copy
 import io
 import pickle
+import random
+from collections import deque
 
+import numpy as np
 import pytest
 import torch
 from bnonly.models import create_model, roles
@@ -56,8 +59,8 @@ def test_freezing_again_follows_the_new_policy_alone():
 
 def test_a_models_own_attributes_stay():
     model = net()
-    model.frozen = lambda: 3
-    assert freeze(model, "norm").frozen() == 3
+    model.frozen, model.made = lambda: 3, {"by": "hand"}
+    assert freeze(model, "norm").frozen() == 3 and model.made == {"by": "hand"}
 
 
 @pytest.mark.parametrize("shape,name", [((8,), "g"), ((1, 8, 1, 1), "gamma"), ((8, 1, 1), "scale")])
@@ -67,6 +70,58 @@ def test_gamma_of_any_shape_and_name(kind, shape, name):
     assert [*trainable(model)] == [f"1.{name}"]
     assert (freeze(model, "all-affine")[1].get_parameter(name) == 1).all() and not model[1].get_parameter(name).requires_grad
     with pytest.raises(ValueError, match="may be a gamma or a beta; the nearest policy that need not know is 'norm'"): freeze(net(kind(shape, "q")), "all-affine")
+
+
+@pytest.mark.parametrize("name", ["RMS", "BN", "LN2d", "SyncBN", "frn"])
+def test_a_class_that_is_called_a_normalization_in_short(name):
+    kind = type(name, (RMSNorm,), {})
+    alone = type(name, (nn.Module,), dict(vars(Plain)))
+    assert [*trainable(freeze(net(alone(8)), "norm"))] == ["1.scale"] == [*trainable(freeze(net(kind((8,), "scale")), "norm"))]
+
+
+class Plain(nn.Module):
+    def __init__(self, channels):
+        nn.Module.__init__(self)
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x): return nn.functional.normalize(x, dim=1) * self.scale
+
+
+class ScaledNorm(nn.Module):
+    "A normalization around another one, each with numbers of its own."
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.scale = inner, nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x): return self.inner(x) * self.scale
+
+
+def test_a_normalization_around_another_one_trains_whole():
+    assert [*trainable(freeze(net(ScaledNorm(nn.BatchNorm2d(8))), "norm"))] == ["1.scale", "1.inner.weight", "1.inner.bias"]
+    assert "1.scale" not in trainable(freeze(net(ScaledNorm(nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)))), "norm"))
+
+
+def test_a_gamma_that_is_computed_trains_and_is_not_said_to_rest():
+    model = net()
+    nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Softplus())
+    assert [*trainable(freeze(model, "norm"))] == ["1.bias", "1.parametrizations.weight.original"]
+    for policy in ("all-affine", "gamma", "all-beta"):
+        with pytest.raises(ValueError, match="the BatchNorm2d '1' computes its gamma or beta .* the nearest policy is 'norm'"): freeze(model, policy)
+    own = net(RMSNorm((8,), "g"))
+    nn.utils.parametrize.register_parametrization(own[1], "g", nn.Softplus())
+    assert [*trainable(freeze(own, "norm"))] == ["1.parametrizations.g.original"]
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "vgg11", "wrn10-1", "mlp2-10"])
+@pytest.mark.parametrize("other", [lambda c: nn.GroupNorm(1, c), lambda c: nn.Sequential(nn.GroupNorm(1, c)), nn.Identity], ids=["one", "row", "none"])
+def test_the_relu_stays_whatever_replaces_a_normalization(arch, other):
+    model, seen = create_model(arch), []
+    for m in [*model.modules()]:
+        for n, c in [*m.named_children()]:
+            if isinstance(c, nn.BatchNorm2d): setattr(m, n, other(c.num_features))
+    model.fc.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    model(torch.randn(2, 3, 28, 28))
+    assert seen[0].min() >= 0 and seen[0].max() > 0
 
 
 @pytest.mark.parametrize("arch", ["resnet8", "vgg11", "wrn10-1", "mlp2-10"])
@@ -133,6 +188,30 @@ def test_tracing_leaves_nothing_behind():
     assert torch.equal(state, torch.get_rng_state()) and [*trainable(model)] == ["fc.weight", "fc.bias"]
 
 
+def test_tracing_changes_no_weight_and_nothing_within_containers_and_draws_from_no_generator():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc, self.kept = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), dict(a=[[0]], b=deque([1]), c=([],))
+            self.torch, self.numpy, self.python = torch.Generator(), np.random.default_rng(0), random.Random(0)
+
+        def count(self, x): self.kept["a"][0].append(x)
+
+        def forward(self, x):
+            for p in self.parameters(): p.data.clamp_(-.01, .01)
+            self.count(x)
+            self.kept["b"].append(x)
+            self.kept["c"][0].append(x)
+            return self.fc(self.conv(x).mean((2, 3)) * torch.rand((), generator=self.torch) + self.numpy.random() + self.python.random())
+    model = Odd()
+    model.count = model.count   # bound to the model itself
+    before, drawn = copy.deepcopy(model.state_dict()), (model.torch.get_state(), model.numpy.bit_generator.state, model.python.getstate())
+    freeze(model, "output")
+    assert model.kept == dict(a=[[0]], b=deque([1]), c=([],)) and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert torch.equal(drawn[0], model.torch.get_state()) and drawn[1:] == (model.numpy.bit_generator.state, model.python.getstate())
+    assert [*trainable(model)] == ["fc.weight", "fc.bias"]
+
+
 def test_no_hidden_layer_becomes_the_output():
     for model in (net()[:3], net()[:1].append(nn.ReLU()), nn.Sequential(net()[0], nn.GroupNorm(2, 8))):
         with pytest.raises(ValueError, match="output layer of Sequential cannot be told"): freeze(model, "output")
@@ -160,6 +239,6 @@ def test_frozen_proves_it_and_puts_back():
 def test_another_number_of_classes_or_dtype_changes_nothing():
     model, other = (freeze(net(head=nn.Linear(8, n)), "norm+output") for n in (5, 6))
     before = copy.deepcopy(model.state_dict())
-    for tensors in (moved(other), {n: t.double() for n, t in moved(model).items()}):
+    for tensors in (moved(other), {n: t.double() for n, t in moved(model).items()}, {n: t.numpy() for n, t in moved(model).items()}, dict.fromkeys(moved(model))):
         with pytest.raises(ValueError, match="use the spec they were trained with"): load_moved(model, tensors)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
