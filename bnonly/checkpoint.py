@@ -59,7 +59,7 @@ def digest(tensors: dict, metadata: dict = {}) -> str:   # by name; metadata: of
 
 def save_state(learn, path: Path, rows: list, **about):
     "Write what training needs to go on; rows: metrics of the epochs that are done, about: JSON values."
-    model, states = unwrap(learn.model), learn.opt.opt.state
+    model, states = unwrap(learn.model), learn.opt.state
     momenta = {n: states[p].get("momentum_buffer") for n, p in trainable(model).items()}
     tensors = {f"moved/{n}": t for n, t in moved(model).items()}
     tensors |= {f"momentum/{n}": t for n, t in momenta.items() if t is not None}
@@ -87,7 +87,7 @@ def load_state(learn, tensors: dict):   # as `read_state` gives them
     learn.create_opt()
     for n, t in those("momentum").items():
         p = learn.model.get_parameter(n)
-        learn.opt.opt.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(t)   # laid out as p, for fused SGD
+        learn.opt.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(t)   # laid out as p, for fused SGD
 
 
 def callback_names(cbs) -> list:

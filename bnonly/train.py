@@ -25,7 +25,6 @@ with warnings.catch_warnings():
     from fastai.callback.core import Callback, CancelBackwardException, CancelFitException, TrainEvalCallback
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner, Metric, Recorder
-    from fastai.optimizer import OptimWrapper
     from fastai.torch_core import rank_distrib
     from fastcore.foundation import L
 
@@ -39,6 +38,7 @@ from .logs import logger
 from .machine import default_device
 from .models import BiasAct, FixupConv, create_model, generator, normalization
 from .native import keep_memory, kernels, pytorch_convolves_bfloat16
+from .optimizer import SGD
 from .penalties import Embedding, regularizers
 from .policies import freeze, trainable
 from .progress import announce, progress, result
@@ -87,8 +87,7 @@ def sgd(params:list,   # of parameters, or of groups as `groups` gives them
         lr, momentum, weight_decay):
     "The paper's optimizer for the trainable parameters, as fastai takes it."
     params = list(params) or [nn.Parameter(torch.zeros(1))]   # the policy none leaves nothing to step
-    return OptimWrapper(params, opt=torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay,
-                        fused=True, foreach=False)
+    return SGD(params, lr, momentum, weight_decay)
 
 # %% ../nbs/04_train.ipynb #19a12ede
 def groups(model, decay:str="all"   # as in `Spec`
