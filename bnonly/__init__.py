@@ -19,6 +19,26 @@ Modules:
 - `bnonly.runlock`: The run lock: one process at a time works in the folder of a run; one that lost its lock writes nothing more there.
 - `bnonly.shapes`: The shapes of the networks, said once: blocks and channels of each stage, and how many numbers that makes.
 - `bnonly.tiny_imagenet`: Tiny ImageNet: 200 classes of ImageNet at 64x64 pixels, 500 images of each to train on and 50 to test on.
+- `bnonly.trace`: What the forward pass of anybody's model tells of its layers, without running a hook or changing the model or a random state.
 - `bnonly.trackers`: Watching a run in TensorBoard or Weights & Biases, as $BNONLY_TRACK asks for it."""
 
 __version__ = "0.1.0"
+
+_HOMES = dict(   # module to the names that can be imported from here; a module is read when one of its names is wanted
+    experiment=["Spec", "results"], features=["restore"], models=["create_model", "roles"],
+    policies=["counts", "freeze", "frozen", "unfreeze"], train=["fit"])
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        from importlib import import_module
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    from difflib import get_close_matches
+    near = get_close_matches(name, _HOME, 1)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}"
+                         + (f"; the nearest is {near[0]!r}." if near else "."), name=name)
+
+
+def __dir__(): return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
 "python -m bnonly"
 from .cli import main
 
-main()
+if __name__ == "__main__": main()

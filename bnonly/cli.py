@@ -1,8 +1,8 @@
 """The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore | bench.
 
 A command is a function; its parameters are the options and their comments the help (fastcore.script). It imports only
-what it needs. A mistake is answered by one sentence: a wrong command or option ends with status 2, as in any program,
-and a name or a number that nothing can be done with with status 1.
+what it needs, so that help comes at once. A mistake is answered by one sentence: a wrong command or option
+ends with status 2, as in any program, and a name or a number that nothing can be done with with status 1.
 """
 import inspect
 import io
@@ -13,10 +13,7 @@ import sys
 from argparse import ArgumentParser
 from functools import partial
 
-from fastcore.script import anno_parser
-
 from . import __version__
-from .experiment import Spec, choose, nearest, preset, results, root
 from .processes import stop_on_signals
 
 DTYPES = "float32", "bfloat16"
@@ -35,8 +32,9 @@ def train(study: str = "scratch",   # the folder under runs/ that keeps the reco
           **fields):
     "Train one run."
     import torch
-    from .features import analyse
     from .distributed import own_share
+    from .experiment import Spec, choose
+    from .features import analyse
     from .train import fit
     spec = Spec(**fields)
     record = fit(spec, study, device=usable(device) if device else None,
@@ -48,6 +46,7 @@ def train(study: str = "scratch",   # the folder under runs/ that keeps the reco
 def usable(name: str):
     "A device of this machine; `ValueError` with the nearest where it cannot be used."
     import torch
+    from .experiment import choose
     best = [torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else []
     choose("device", name.partition(":")[0], ["cpu", *best])
     try:
@@ -65,6 +64,7 @@ def study(name: str,                     # a section of settings.ini, e.g. demo,
           gpus_per_run: float = 0,       # with ray: GPUs for each run, e.g. 0.2
           dry_run: bool = False):        # list the runs that are missing and train nothing
     "Train what a study still lacks."
+    from .experiment import choose, preset, results
     from .features import analyse
     from .sweep import ENGINES, Line, clock, expected, missing, own_cores, retry, select, state, sweep
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -171,6 +171,7 @@ COMMANDS = {f.__name__: f for f in (train, study, figures, claims, report, explo
 
 def takes(command: str) -> list:
     "What gives a command its options: its function, and for train the spec."
+    from .experiment import Spec
     return [*([Spec] if command == "train" else []), COMMANDS[command]]
 
 
@@ -182,6 +183,7 @@ def options(command: str) -> list[str]:
 
 def parser(command: str) -> ArgumentParser:
     "What reads the arguments of a command."
+    from fastcore.script import anno_parser
     parts = [anno_parser(what) for what in takes(command)]
     return ArgumentParser(f"bnonly {command}", description=COMMANDS[command].__doc__, parents=parts, add_help=False,
                           conflict_handler="resolve", allow_abbrev=False)
@@ -189,6 +191,7 @@ def parser(command: str) -> ArgumentParser:
 
 def parse(argv: list) -> tuple[str, dict]:
     "The command and its arguments; `WrongUse` where one of the two does not exist."
+    from .experiment import nearest
     command, *rest = argv
     for what, value, known in (("command", command, COMMANDS), *(("option", o.partition("=")[0], options(command))
                                for o in rest if o.startswith("--") and command in COMMANDS)):
@@ -203,7 +206,7 @@ BETWEEN = dict(workers=(0, 10_000), gpus_per_run=(0, 1_000), rounds=(1, 10_000))
 
 
 def check(command: str, args: dict):
-    "`ValueError` for a name or a number that nothing can be done with, and for a missing checkout."
+    "`ValueError` for a name or a number that nothing can be done with."
     name = args.get("name", args.get("study", "scratch"))
     if not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
         like = re.sub(r"[^\w.-]+", "-", name).strip(".-") or "scratch"
@@ -212,10 +215,6 @@ def check(command: str, args: dict):
         if option in args and not low <= args[option] <= high:
             option, value = option.replace("_", "-"), args[option]
             raise ValueError(f"--{option} {value} is not possible; it must be between {low} and {high}.")
-    lacks = [f for f in ("settings.ini", "nbs/04_train.ipynb") if not (root() / f).exists()]
-    if lacks and command not in ("train", "bench"):
-        raise ValueError(f"{command} needs a checkout, and {root()} has no {lacks[0]}; "
-                         "git clone the project and run it in there.")
 
 
 HELP = "\n".join(["usage: bnonly COMMAND [OPTIONS]", "", "Train BatchNorm and only BatchNorm: a literate study.", "",

@@ -227,17 +227,6 @@ def test_the_claims_of_the_first_page_exist():
         assert len(set(ids)) == 5 and set(ids) <= known
 
 
-def test_only_training_and_timing_go_without_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr("bnonly.cli.root", lambda: tmp_path)
-    monkeypatch.setitem(COMMANDS, "train", lambda **_: None)
-    main(["train"])
-    for lacks in ("settings.ini", "nbs/04_train.ipynb"):
-        for command in (["study", "demo"], ["report", "demo"], ["explore"]):
-            with pytest.raises(SystemExit, match=f"needs a checkout, and .* has no {lacks};"):
-                main(command)
-        (tmp_path / "settings.ini").touch()
-
-
 def test_a_section_may_have_a_comment_behind_its_name(tmp_path, monkeypatch):
     project(tmp_path)
     monkeypatch.chdir(tmp_path)
