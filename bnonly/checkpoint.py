@@ -5,7 +5,6 @@ A checkpoint, `checkpoint.safetensors`, has the trained state and the momentum a
 the shared random generators (`random`), and what the next part of the run must know of those before it
 (`data_digest`, `dtype`, `callbacks`, `machines`, which older versions did not write). `digest` vouches for all of it.
 """
-import hashlib
 import json
 import math
 import random
@@ -25,6 +24,7 @@ from .machine import machine
 from .photos import named
 from .policies import counts, load_moved, moved, trainable
 from .runlock import LostLock
+from .sealed import digest
 
 __all__ = ["Checkpointer", "attempt", "callback_names", "digest", "finish", "load_state", "parts", "random_states",
            "read_state", "save_state", "set_random_states"]
@@ -46,16 +46,6 @@ def set_random_states(states: dict):   # as `random_states` gave them
     torch.set_rng_state(as_bytes(states["torch"]))
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all([as_bytes(s) for s in states["cuda"][:torch.cuda.device_count()]])
-
-
-def digest(tensors: dict, metadata: dict = {}) -> str:   # by name; metadata: of strings
-    "SHA-256 of tensors and of the metadata beside them."
-    h = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for n in sorted(tensors):
-        t = tensors[n].detach().cpu().contiguous()
-        h.update(f"{n} {t.dtype} {tuple(t.shape)}".encode())
-        h.update(t.flatten().view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
 
 
 def save_state(learn, path: Path, rows: list, **about):
