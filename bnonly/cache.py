@@ -1,7 +1,7 @@
 """Images that were decoded once, kept as one file of tensors which is mapped into memory at the next start.
 
-Processes that read the same file share the memory it takes. The file lies beside the data, or in the home folder where
-the data may not be written to; there its name holds a digest of the data's folder, because another folder may hold
+Processes that read the same file share the memory it takes. The file lies beside the data, or in the folder of caches
+where the data may not be written to; there its name holds a digest of the data's folder, because another folder may hold
 other pixels under the same name."""
 import hashlib
 import json
@@ -15,14 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .archives import walk
-
-HOME = "~/.cache/bnonly"
+from .experiment import cache_dir
 
 
 def cache_files(folder: Path, name: str) -> tuple[Path, Path]:
-    "Where a cache may lie: beside the data, or in the home folder."
+    "Where a cache may lie: beside the data, or in the folder of caches."
     other = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    return folder/"cache"/f"{name}.safetensors", Path(HOME).expanduser()/"cache"/f"{name}-{other}.safetensors"
+    return folder/"cache"/f"{name}.safetensors", cache_dir()/"cache"/f"{name}-{other}.safetensors"
 
 
 def stamp(source: Path) -> str:

@@ -24,7 +24,7 @@ from torch.nn.functional import pad as zero_pad
 from .archives import AGAIN, BrokenData, own_folder
 from .cache import cache_files, read_cache, save_cache, stamp
 from .downloads import download, downloads
-from .experiment import DATASETS, choose, derive_seed
+from .experiment import DATASETS, cache_dir, choose, derive_seed
 from .loading import Loader
 from .logs import logger
 from .photos import Decoded, Files, class_folders, decoded_batches
@@ -277,8 +277,8 @@ def in_order(self:Batches) -> Iterator:
 # %% ../nbs/01_data.ipynb #ac8b8514
 def data_dir(folder:Path|str|None=None   # to overrule the environment
             ) -> Path:
-    "Where data sets are: $BNONLY_DATA, else ~/.cache/bnonly."
-    return Path(folder or os.environ.get("BNONLY_DATA") or "~/.cache/bnonly").expanduser().absolute()
+    "Where data sets are: $BNONLY_DATA, else the folder of caches."
+    return Path(folder or os.environ.get("BNONLY_DATA") or cache_dir()).expanduser().absolute()
 
 # %% ../nbs/01_data.ipynb #26a2675a
 def from_cache(name:str, source:Path|None,   # the source that counts, if one is there
@@ -425,7 +425,7 @@ def known_shape(name:str     # of a data set
     return dict(zip(("num_classes", "in_channels", "size"), SHAPES.get(name, (10, 3, 32))))
 
 def load_data(name:str,                    # digits, cifar10, cifar10.1, cifar10-c, mnist, svhn, imagenet, tiny-imagenet
-              folder:Path|str|None=None    # that holds the files; $BNONLY_DATA, else ~/.cache/bnonly
+              folder:Path|str|None=None    # that holds the files; $BNONLY_DATA, else the folder of caches
              ) -> Data:
     "A data set by its name."
     return LOADERS[choose("data", name, DATASETS)](data_dir(folder))

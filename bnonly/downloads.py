@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from urllib.request import Request, urlopen
 
 from .archives import BrokenData, archive_files
+from .logs import logger
 from .readers import read_binary
 
 BINARY = "cifar-10-binary.tar.gz"
@@ -43,7 +44,7 @@ def download(folder: Path, places: list[tuple], what: str = "CIFAR-10", best: st
     for url, name, whole in places:
         try:
             with TemporaryDirectory(dir=folder, prefix=".download") as tmp:
-                print(f"downloading {url}")
+                logger.info("downloading %s", url)
                 file = fetch(url, Path(tmp)/name)
                 if not whole(file): raise OSError("not the published file")
                 return file.replace(folder/name)

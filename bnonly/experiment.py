@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['IMAGENET_DEPTHS', 'VGG_DEPTHS', 'EFFICIENTNETS', 'ARCHS', 'ALONE', 'TOKENS', 'INITS', 'BN_INITS', 'DATASETS',
            'SCHEDULES', 'NORMS', 'ACTS', 'DECAYS', 'nearest', 'choose', 'Arch', 'parse_arch', 'parse_policy', 'Spec',
-           'check_spec', 'parameters', 'key', 'derive_seed', 'root', 'runs_dir', 'run_dir', 'write', 'seal',
-           'BrokenRecord', 'load_record', 'records', 'results', 'history', 'summary', 'presets', 'preset', 'incomplete']
+           'check_spec', 'parameters', 'key', 'derive_seed', 'checkout', 'root', 'runs_dir', 'cache_dir', 'run_dir',
+           'write', 'seal', 'BrokenRecord', 'load_record', 'records', 'results', 'history', 'summary', 'presets',
+           'preset', 'incomplete']
 
 # %% ../nbs/00_experiment.ipynb #b2f6664a
 import ast, errno, hashlib, json, os, re, tempfile, warnings
@@ -223,16 +224,25 @@ def derive_seed(seed:int,   # of the run
     return int.from_bytes(digest[:8], "big") >> 1
 
 # %% ../nbs/00_experiment.ipynb #387efb26
+_PACKAGE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+
+def checkout() -> Path|None:
+    "The folder with settings.ini and nbs/ above the working directory, else around the package; None where there is none."
+    for folder in (here := Path.cwd(), *here.parents, _PACKAGE.parent):
+        if (folder/"settings.ini").exists() and (folder/"nbs/00_experiment.ipynb").exists(): return folder
+
 def root() -> Path:
-    "The folder that holds settings.ini: above the working directory, else above the package, else here."
-    for start in Path.cwd(), Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd():
-        for folder in (start, *start.parents):
-            if (folder/"settings.ini").exists() and (folder/"nbs/00_experiment.ipynb").exists(): return folder
-    return Path.cwd()
+    "The folder that holds settings.ini and nbs/: the checkout, else the copy inside the installed package."
+    return checkout() or _PACKAGE/"project"
 
 def runs_dir() -> Path:
-    "Where records live: $BNONLY_RUNS, else runs/ in the project."
-    return Path(os.environ.get("BNONLY_RUNS") or root()/"runs").expanduser()
+    "Where records live: $BNONLY_RUNS, else runs/ in the checkout, else in the working directory."
+    return Path(os.environ.get("BNONLY_RUNS") or (checkout() or Path.cwd())/"runs").expanduser()
+
+def cache_dir() -> Path:
+    "Where what can be made or fetched again is kept: $BNONLY_CACHE, else bnonly/ in $XDG_CACHE_HOME or ~/.cache."
+    own, common = os.environ.get("BNONLY_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own or Path(common)/"bnonly").expanduser().absolute()
 
 def run_dir(spec:Spec, study:str="scratch") -> Path:
     "The folder of one run."
@@ -349,7 +359,7 @@ def summary(table:pd.DataFrame,       # as `results` gives it
 def _settings(file=None):
     "settings.ini, parsed."
     file = Path(file or root()/"settings.ini")
-    if not file.exists(): raise FileNotFoundError(f"{file} is missing; run inside a checkout of bnonly, or name a settings.ini.")
+    if not file.exists(): raise FileNotFoundError(f"{file} is missing; run inside a checkout of bnonly, install it, or name a settings.ini.")
     ini = ConfigParser(interpolation=None)
     try: ini.read(file)
     except ConfigError as e: raise ValueError(f"{file} cannot be read: {str(e).splitlines()[0]}.") from None
@@ -359,11 +369,13 @@ def presets() -> list[str]:
     "The names of all studies."
     return _settings().sections()
 
-def preset(name:str,                # a section of settings.ini
+def preset(name:str,                # a section of settings.ini, or a folder of runs that were trained one by one
            file:Path|None=None      # settings.ini elsewhere
           ) -> list[Spec]:          # every run of the study once, seeds outermost
-    "The runs of a study, read from settings.ini."
+    "The runs of a study, read from settings.ini; those with a record where it has no such section."
     ini = _settings(file)
+    if name not in ini and not file and (kept := records(name)):
+        return sorted((Spec(**r["spec"]) for r in kept), key=lambda s: s.seed)
     section = dict(ini[choose("study", name, ini.sections())])
     lines = [l for l in section.pop("grid", "").splitlines() if l.strip()] or [""]
     specs = [Spec(**point) for line in lines for point in _points(section | _pairs(line))]

@@ -235,7 +235,8 @@ def serve(port:int=8866,     # of the page on this machine
         raise ValueError(f"port {port} is not free; the next that is free is {next(others, 'none')}.")
     here, paths = files("bnonly"), os.environ.get("JUPYTER_PATH")
     command = [sys.executable, "-m", "voila", here/"voila/explorer.ipynb", "--template=offline", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
-    server = subprocess.Popen(command, env=os.environ | dict(JUPYTER_PATH=os.pathsep.join(filter(None, [str(here), paths]))))
+    own = dict(JUPYTER_PATH=os.pathsep.join(filter(None, [str(here), paths])), BNONLY_RUNS=str(runs_dir().absolute()))
+    server = subprocess.Popen(command, env=os.environ | own)   # Voila's kernel works in the folder of its notebook
     if not wait: return server
     print(f"the explorer is at http://127.0.0.1:{port}; Ctrl-C ends it")
     try:

@@ -10,7 +10,6 @@ from fastai.torch_core import num_distrib
 
 from . import __version__
 from .distributed import distributed_state
-from .experiment import root
 from .native import kernels
 
 __all__ = ["commit", "default_device", "machine"]
@@ -43,8 +42,10 @@ def machine(device: torch.device) -> dict:
 
 def commit() -> str | None:
     "The commit of the checkout that is run, with a + where tracked files differ from it; None outside of a checkout."
+    home = Path(__file__).resolve().parents[1]
+    if not (home/"nbs").is_dir(): return None   # installed, perhaps below another project's repository
     def git(*args):
-        command = ["git", "-C", str(root()), *args]
+        command = ["git", "-C", str(home), *args]
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     try: return git("rev-parse", "--short=12", "HEAD") + "+"*bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError): return None

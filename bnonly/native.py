@@ -6,14 +6,13 @@ import platform
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from .experiment import choose
+from .experiment import cache_dir, choose
 from .logs import logger
 
 __all__ = ["CSRC", "MARCHES", "Direct", "Entry", "Kernels", "Layer", "Norm", "build", "keep_memory", "kernels",
@@ -43,7 +42,7 @@ def build(compiler:str, flags:tuple=()) -> Path:
     flags = [*FLAGS, f"-march={march()}", *flags]
     sources = "\n".join(f.read_text("utf-8") for f in files)
     key = "\n".join([sources, processor(), torch.__version__, compiler, *flags])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"bnonly"
+    folder = cache_dir()
     library = folder/f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if library.exists(): return library
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +109,7 @@ def kernels() -> dict|None:
     if asked and choose("BNONLY_KERNELS", asked, ("fused", "plain")) == "plain": return None
     try: found = load()
     except (RuntimeError, OSError, subprocess.SubprocessError) as e:
-        return print(f"bnonly: no compiled kernels ({str(e).splitlines()[0]}), training is slower", file=sys.stderr)
+        return logger.warning("no compiled kernels (%s), training is slower", str(e).splitlines()[0])
     return found if asked or found[torch.float32].instructions != "baseline" else None
 
 

@@ -69,7 +69,7 @@ def page(template: str, study: str, here: str, title: str, **values) -> Path:
 
 def finished(study: str) -> list[dict]:
     "Its records; `ValueError` where no run has finished."
-    if not (found := records(choose("study", study, presets()))):
+    if not (found := records(study) or records(choose("study", study, presets()))):
         raise ValueError(f"study {study!r} has no finished run; train it first: bnonly study {study}.")
     return found
 
@@ -94,9 +94,11 @@ def unmeasured(study: str) -> list[dict]:
 
 
 def settings(study: str) -> str:
-    "The section of settings.ini that made the study."
+    "The section of settings.ini that made the study; a comment where there is none."
+    if study not in presets():
+        return f"# {study} has no section in settings.ini: its runs were trained one by one"
     text = (root() / "settings.ini").read_text(encoding="utf-8")
-    header = re.search(rf"(?m)^\[{re.escape(choose('study', study, presets()))}\].*$", text)   # a comment may follow
+    header = re.search(rf"(?m)^\[{re.escape(study)}\].*$", text)   # a comment may follow
     lines = text[header.end()+1:].splitlines()
     end = next((i for i, line in enumerate(lines) if line.startswith("[")), len(lines))
     return "\n".join([f"[{study}]"] + [line for line in lines[:end] if not line.startswith("#")]).rstrip()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ENGINES', 'PRICED', 'TRAINING', 'FAMILIES', 'state', 'failure', 'missing', 'retry', 'select', 'cost', 'expected',
            'clock', 'run_cell', 'png', 'papermill', 'execute', 'keep', 'kept', 'unfinished', 'train_one', 'note',
-           'died', 'by_processes', 'by_ray', 'held', 'outcomes', 'sweep', 'Watch', 'epochs_done', 'Line', 'alike',
-           'steps', 'per_image', 'core_hours', 'price']
+           'died', 'by_processes', 'by_ray', 'passed_on', 'held', 'outcomes', 'sweep', 'Watch', 'epochs_done', 'Line',
+           'alike', 'steps', 'per_image', 'core_hours', 'price']
 
 # %% ../nbs/05_sweep.ipynb #0017abd7
 import ast, hashlib, json, linecache, os, platform, re, sys, threading, time, traceback, warnings
@@ -235,10 +235,9 @@ def by_ray(todo:list, workers:int, task, gpus:float=0) -> Iterator:   # gpus: fo
         except ConnectionError:
             if os.environ.get("RAY_ADDRESS"): raise
             ray.init(address="local", include_dashboard=False, num_cpus=workers, log_to_driver=False)
-    env = {k: os.environ[k] for k in ("BNONLY_DATA", "OMP_NUM_THREADS", "PYTHONPATH") if k in os.environ}
     options = dict(num_cpus=1, num_gpus=gpus if ray.cluster_resources().get("GPU") else 0,
                    max_retries=0, scheduling_strategy="SPREAD",
-                   runtime_env=dict(env_vars=env | dict(BNONLY_RUNS=str(runs_dir().resolve()))))
+                   runtime_env=dict(env_vars=passed_on()))
     start = ray.remote(lambda s: task(s)).options(**options).remote
     waiting = {start(s): s for s in todo}
     while waiting:
@@ -249,6 +248,12 @@ def by_ray(todo:list, workers:int, task, gpus:float=0) -> Iterator:   # gpus: fo
         except (WorkerCrashedError, OutOfMemoryError) as e:
             told = spec, "died", WorkerDied(f"its process died, and Ray raised {type(e).__name__}", str(e))
         yield told
+
+def passed_on() -> dict:
+    "What a worker of another process tree or machine must know of the environment; folders as absolute paths."
+    own = {k: v for k,v in os.environ.items() if k.startswith("BNONLY_") or k in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    places = {k: str(Path(own[k]).expanduser().absolute()) for k in ("BNONLY_DATA", "BNONLY_CACHE") if own.get(k)}
+    return own | places | dict(BNONLY_RUNS=str(runs_dir().absolute()))
 
 ENGINES = dict(processes=by_processes, ray=by_ray)   # name to what `sweep` takes as run
 

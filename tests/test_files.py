@@ -130,6 +130,7 @@ def tiny(tmp_path, monkeypatch):
     "Two classes in Tiny ImageNet's layout, the first image gray."
     monkeypatch.setattr(data, "TINY_SIZE", (6, 4))
     monkeypatch.setenv("HOME", str(tmp_path/"home"))
+    for name in ("BNONLY_CACHE", "XDG_CACHE_HOME"): monkeypatch.delenv(name, raising=False)
     home = tmp_path/"tiny-imagenet-200"
     (home/"val"/"images").mkdir(parents=True)
     for y, wnid in enumerate(("n02", "n01")):

@@ -179,6 +179,28 @@ def test_parameters_of_04_train_are_the_spec():
     assert {k: v for k, v in given.items() if not k.startswith("__")} == {f.name: f.default for f in fields(Spec)}
 
 
+def test_the_readme_lists_every_variable_that_is_read():
+    "In one table; a name in a docstring or a message counts as read."
+    read = {name for f in (ROOT / "bnonly").glob("*.py") for name in re.findall(r"\bBNONLY_[A-Z]+\b", f.read_text())}
+    listed = re.findall(r"(?m)^\| `(BNONLY_[A-Z]+)` \| [^|]+ \| [^|]+ \|$", (ROOT / "README.md").read_text())
+    assert sorted(listed) == sorted(read) and len(read) > 5
+
+
+def test_every_cache_lies_in_one_folder(tmp_path, monkeypatch):
+    "Data sets, decoded images and kernels: where $BNONLY_CACHE says, else in the folder that the system has for caches."
+    from bnonly import native
+    from bnonly.cache import cache_files
+    from bnonly.data import data_dir
+    monkeypatch.delenv("BNONLY_DATA", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(native.subprocess, "run", lambda command, **_: Path(command[-1]).touch() or subprocess.CompletedProcess(command, 0))
+    for name, value, where in (("XDG_CACHE_HOME", "", tmp_path / ".cache/bnonly"), ("XDG_CACHE_HOME", str(tmp_path / "x"), tmp_path / "x/bnonly"),
+                               ("BNONLY_CACHE", str(tmp_path / "own"), tmp_path / "own")):
+        monkeypatch.setenv(name, value)
+        places = [data_dir(), cache_files(Path("/elsewhere"), "cifar10")[1].parent.parent, native.build("g++").parent]
+        assert places == [where] * 3
+
+
 def test_defaults_of_the_spec_never_change():
     "A run is named by what differs from these, so another default would rename finished runs."
     then = dict(arch="resnet14", policy="bn", data="digits", seed=0, epochs=40, batch_size=128, lr=.1, momentum=.9,

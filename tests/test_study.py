@@ -227,6 +227,14 @@ def test_the_claims_of_the_first_page_exist():
         assert len(set(ids)) == 5 and set(ids) <= known
 
 
+def test_runs_without_a_section_are_a_study_of_their_own():
+    "Those that `bnonly train` made: its plan is what was trained, and its page of settings says so."
+    shutil.copytree(ROOT / "runs/regularization-short", runs_dir() / "mine")
+    assert {s.key for s in preset("mine")} == {f.name for f in (runs_dir() / "mine").iterdir() if f.is_dir()}
+    assert unmeasured("mine") == [] and "trained one by one" in settings("mine")
+    with pytest.raises(ValueError, match="study 'yours' is not one of demo, "): preset("yours")
+
+
 def test_a_section_may_have_a_comment_behind_its_name(tmp_path, monkeypatch):
     project(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from bnonly import experiment
-from bnonly.experiment import Spec, load_record, results, run_dir
-from bnonly.sweep import by_processes, by_ray, failure, kept, missing, retry, state, sweep, unfinished
+from bnonly.experiment import Spec, load_record, records, results, run_dir
+from bnonly.sweep import by_processes, by_ray, failure, kept, missing, passed_on, retry, state, sweep, unfinished
 from bnonly.train import fit
+from bnonly.workers import in_processes
 from test_train import Stop
 
 ROOT = Path(__file__).parents[1]
@@ -261,13 +263,14 @@ def test_a_killed_sweep_is_cleared_by_the_next_one():
 
 
 def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, monkeypatch):
-    "Two nodes; one is killed as soon as the first run is there."
+    "Two nodes; one is killed as soon as the first run is there. What is set here reaches both, though they began before."
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
     from ray.cluster_utils import Cluster
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
     node, log = cluster.add_node(num_cpus=1), tmp_path / "log"
     ray.init(address=cluster.address, log_to_driver=False)
+    monkeypatch.setenv("BNONLY_KERNELS", "plain")
 
     def after(spec, study):
         with open(log, "a") as f: f.write(f"{spec.key} {ray.get_runtime_context().get_node_id()}\n")
@@ -283,6 +286,7 @@ def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, mo
         cluster.shutdown()
     assert sorted(l.split()[0] for l in log.read_text().splitlines()) == sorted(s.key for s in specs)
     assert len(results("cluster")) == 4 and set(results("cluster").status) == {"complete"}
+    assert {r["machine"]["kernels"] for r in records("cluster")} == {"plain"}
 
 
 def test_a_run_that_ends_its_process_under_ray_is_tried_twice_too(tmp_path):
@@ -294,6 +298,17 @@ def test_a_run_that_ends_its_process_under_ray_is_tried_twice_too(tmp_path):
     assert list(failed) == [VICTIM.key]
     assert log.read_text() == "tried\n"*2
     assert failure(VICTIM, "struck", "error") == "WorkerDied: its process died, and Ray raised WorkerCrashedError"
+
+
+def test_every_variable_is_passed_on_with_folders_that_hold_elsewhere(tmp_path, monkeypatch):
+    "Those that the README lists; a worker of this machine's processes sees them as they are."
+    monkeypatch.chdir(tmp_path)
+    listed = re.findall(r"(?m)^\| `(BNONLY_[A-Z]+)`", (ROOT / "README.md").read_text())
+    for name in listed: monkeypatch.setenv(name, name.lower())
+    told, folders = passed_on(), {"BNONLY_RUNS", "BNONLY_DATA", "BNONLY_CACHE"}
+    assert {n: told.get(n) for n in listed} == {n: str(tmp_path / n.lower()) if n in folders else n.lower() for n in listed}
+    (_, seen), = in_processes(lambda _: {n: os.environ.get(n) for n in listed}, ["?"], 1)
+    assert seen == {n: n.lower() for n in listed} and folders < {*listed}
 
 
 def test_openmp_may_name_threads_of_several_levels(monkeypatch):
