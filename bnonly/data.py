@@ -371,7 +371,8 @@ def tiny_imagenet(folder:Path   # that holds tiny-imagenet-200, or is it
     """Tiny ImageNet in its official layout, decoded once.
 
     Frankle et al. crop ImageNet's photographs to 10% to 100% of their area and resize the crop. This deviates: a crop
-    of 64x64 pixels is drawn from the image with 8 black pixels around it, as for CIFAR-10. Half of them are mirrored."""
+    of 64x64 pixels is drawn from the image with 8 black pixels around it, as for CIFAR-10. Half of them are mirrored.
+    """
     home = own_folder(folder, "tiny-imagenet-200", ["wnids.txt", "train"])
     how = dict(pad=8, flip=True)
     if data := from_cache("tiny-imagenet", home if home.exists() else None, home.parent, TINY_SIZE, **how): return data
@@ -417,7 +418,8 @@ class FileBatches(Loader):
 LOADERS = {"digits": digits, "cifar10": cifar10, "cifar10.1": cifar10_1, "cifar10-c": cifar10_c, "mnist": mnist,
            "svhn": svhn, "imagenet": imagenet, "tiny-imagenet": tiny_imagenet}
 
-SHAPES = {"digits": (10, 1, 8), "mnist": (10, 1, 28), "imagenet": (1000, 3, 224), "tiny-imagenet": (200, 3, 64)}   # others: 10, 3, 32
+# of data sets that have not 10 classes, 3 channels and 32 pixels
+SHAPES = {"digits": (10, 1, 8), "mnist": (10, 1, 28), "imagenet": (1000, 3, 224), "tiny-imagenet": (200, 3, 64)}
 
 def known_shape(name:str     # of a data set
                ) -> dict:    # num_classes, in_channels, size

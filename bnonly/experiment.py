@@ -75,14 +75,16 @@ def parse_arch(name:str   # e.g. 'resnet56', 'wrn14-4', 'vgg16', 'resnet50'
     kind, depth, width = (match[1], int(match[2]), match[3]) if match else (None, 0, None)
     if kind == "resnet" and not width and depth in IMAGENET_DEPTHS: return Arch("imagenet", depth)
     if kind == "vgg" and not width and depth in VGG_DEPTHS: return Arch("vgg", depth)
-    if kind == "mlp" and depth <= 1000 and re.fullmatch("[1-9][0-9]{0,4}", width or ""): return Arch("mlp", depth, float(width))
+    if kind == "mlp" and depth <= 1000 and re.fullmatch("[1-9][0-9]{0,4}", width or ""):
+        return Arch("mlp", depth, float(width))
     if name == "lenet5": return Arch("lenet", 5)
     channels = 16*float(width or 1)   # of the first stage
     family = {2: "cifar", 4: "wide" if width else None}.get(depth%6)
     if kind in ("resnet", "wrn") and bool(width) == (kind == "wrn") and 8 <= depth <= 2000 and family:
         if channels >= 1 and channels == int(channels): return Arch(family, depth, channels/16)
     choose("arch", name, ARCHS, "resnet<6n+2> (CIFAR), resnet18/34/50/101/200 (ImageNet), "
-           "wrn<6n+2 or 6n+4>-<width in sixteenths>, vgg11/13/16/19, efficientnet-b0 to b8, mlp<hidden layers>-<units>, lenet5")
+           "wrn<6n+2 or 6n+4>-<width in sixteenths>, vgg11/13/16/19, efficientnet-b0 to b8, "
+           "mlp<hidden layers>-<units>, lenet5")
 
 # %% ../nbs/00_experiment.ipynb #d4889a01
 ALONE  = "all", "all-affine", "all-frozen-bn", "all-beta", "none"
@@ -96,9 +98,11 @@ def parse_policy(policy:str    # tokens joined by '+', e.g. 'bn+output', 'random
              for m in tokens]
     if not all(known):
         wrong = next(o for o,k in zip(str(policy).split("+"), known) if not k)
-        if nearest(wrong, [*TOKENS, "batchnorm"]) == "batchnorm": raise ValueError(f"policy {wrong!r} does not exist; the nearest is 'bn'.")
+        if nearest(wrong, [*TOKENS, "batchnorm"]) == "batchnorm":
+            raise ValueError(f"policy {wrong!r} does not exist; the nearest is 'bn'.")
         choose("policy", wrong, [*ALONE, *TOKENS[:5], "random2", "scattered2"],
-               "all, all-affine, all-frozen-bn, all-beta, none, or a sum of bn, norm, gamma, shortcut, output, random<k>, scattered<k>")
+               "all, all-affine, all-frozen-bn, all-beta, none, or a sum of bn, norm, gamma, shortcut, output, "
+               "random<k>, scattered<k>")
     found = sorted({(m[1], int(m[2] or 0)) for m in tokens}, key=lambda o: (ALONE+TOKENS).index(o[0]))
     if len(found) > 1 and any(t in ALONE for t,_ in found):
         raise ValueError(f"policy {policy!r} joins {found[0][0]!r}, which stands alone, with another; "
@@ -132,11 +136,11 @@ class Spec:
     lr: float = 0.1               # learning rate before its first drop
     momentum: float = 0.9         # of SGD
     weight_decay: float = 1e-4    # coupled L2 on every number that trains, BatchNorm included
-    decay: str = "all"            # which of gamma and beta it acts on: all (both), gamma, beta; other weights always decay
+    decay: str = "all"            # of gamma and beta, which decay: all (both), gamma, beta; other weights always do
     schedule: str = "step"        # of the learning rate: step (a tenth at 1/2 and 3/4), imagenet, cosine, constant
     init: str = "he_normal"       # of the features: he_normal, he_uniform, binary, orthogonal
     bn_init: str = "uniform"      # of gamma, beta: uniform, ones, symmetric, positive
-    norm: str = "batch"           # batch; none; affine (gamma and beta alone, MLPs); fixup, fixup-open, single, fixup+single (residual)
+    norm: str = "batch"           # batch; none; affine (MLPs); fixup, fixup-open, single, fixup+single (ResNets)
     patience: int = 0             # epochs without a lower loss on held-out images that end a run; 0: none does
     act: str = "relu"             # relu, swish
     embedding_l2: float = 0.      # coefficient of the mean square of the features that enter the output layer
@@ -151,7 +155,9 @@ class Spec:
 # %% ../nbs/00_experiment.ipynb #edd0cbe3
 def _plain(value):
     "A scalar of NumPy or PyTorch as Python's; a float as it is written, so that float32's 0.1 is 0.1."
-    if hasattr(value, "detach"): value = value.detach().cpu().double() if "bfloat16" in str(value.dtype) else value.detach().cpu()
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if "bfloat16" in str(value.dtype): value = value.double()
     if not hasattr(value, "dtype"): return value
     value = np.asarray(value)
     if value.ndim: raise ValueError
@@ -177,19 +183,23 @@ def check_spec(spec:Spec):
         object.__setattr__(spec, "arch", f"resnet{arch.depth}" if plain else f"wrn{arch.depth}-{arch.width:g}")
     tokens = dict.fromkeys(f"{'bn' if t == 'norm' else t}{k or ''}" for t,k in policy)
     object.__setattr__(spec, "policy", "+".join(tokens))
-    for name,allowed in dict(data=DATASETS, schedule=SCHEDULES, init=INITS, bn_init=BN_INITS, norm=NORMS, decay=DECAYS).items():
+    named = dict(data=DATASETS, schedule=SCHEDULES, init=INITS, bn_init=BN_INITS, norm=NORMS, decay=DECAYS)
+    for name,allowed in named.items():
         choose(name, getattr(spec, name), allowed)
     flat, residual = arch.family in ("mlp", "lenet"), arch.family in ("cifar", "wide", "imagenet")
-    choose(f"norm of {spec.arch}", spec.norm, [o for o in NORMS if o != "affine"] if residual else NORMS[:3] if flat else NORMS[:1])
+    fitting = [o for o in NORMS if o != "affine"] if residual else NORMS[:3] if flat else NORMS[:1]
+    choose(f"norm of {spec.arch}", spec.norm, fitting)
     choose(f"act of {spec.arch}", spec.act, ACTS if residual else ACTS[:1])
     none = spec.norm in ("none", "fixup", "fixup-open")   # no gamma to draw
     same = "all-affine" in tokens or none or spec.bn_init == "positive" and tokens.keys() & {"gamma", "all-beta"}
     if same: object.__setattr__(spec, "bn_init", Spec.bn_init if "all-affine" in tokens or none and flat else "ones")
-    if not spec.weight_decay or {"all-affine", "all-frozen-bn", "none"} & tokens.keys(): object.__setattr__(spec, "decay", Spec.decay)   # nothing to exempt
+    if not spec.weight_decay or {"all-affine", "all-frozen-bn", "none"} & tokens.keys():
+        object.__setattr__(spec, "decay", Spec.decay)   # nothing to exempt
     for name,(low,high) in _RANGES.items():
         value = getattr(spec, name)
         if not low <= value <= high:
-            raise ValueError(f"{name} {value!r} is outside {low} to {high}; the nearest is {high if value > high else low}.")
+            near = high if value > high else low
+            raise ValueError(f"{name} {value!r} is outside {low} to {high}; the nearest is {near}.")
 
 _RANGES = dict(seed=(0, 2**63-1), epochs=(1, 10**6), batch_size=(2, 10**6), patience=(0, 10**6),
                lr=(0., 1e3), momentum=(0., .9999), weight_decay=(0., 1e3),
@@ -227,7 +237,7 @@ def derive_seed(seed:int,   # of the run
 _PACKAGE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 
 def checkout() -> Path|None:
-    "The folder with settings.ini and nbs/ above the working directory, else around the package; None where there is none."
+    "The folder with settings.ini and nbs/ above the working directory, else around the package; or None."
     for folder in (here := Path.cwd(), *here.parents, _PACKAGE.parent):
         if (folder/"settings.ini").exists() and (folder/"nbs/00_experiment.ipynb").exists(): return folder
 
@@ -252,7 +262,7 @@ def run_dir(spec:Spec, study:str="scratch") -> Path:
 def write(path:Path,           # where the file shall stand
           content:bytes|str    # the whole of it
          ) -> Path:
-    "Write a file so that it is either whole or not there; `LostLock` where another process has taken over the run that it belongs to."
+    "Write a file so that it is either whole or not there; `LostLock` where another process took over its run."
     path = Path(path)
     try:
         again(lambda: path.parent.mkdir(parents=True, exist_ok=True))
@@ -271,7 +281,8 @@ def _write(path, content):
         os.replace(temporary, path)
     except BaseException as e:
         if temporary: temporary.unlink(missing_ok=True)
-        if temporary and isinstance(e, FileNotFoundError): raise OSError(errno.ESTALE, "its temporary file was removed") from e   # by one who took the lock
+        if temporary and isinstance(e, FileNotFoundError):   # by one who took the lock
+            raise OSError(errno.ESTALE, "its temporary file was removed") from e
         raise
 
 # %% ../nbs/00_experiment.ipynb #3727d0cf
@@ -303,12 +314,14 @@ def load_record(folder:Path,        # of the run
     except (FileNotFoundError, NotADirectoryError): return None
     except ValueError as e: odd = str(e)
     if odd or record.get("seal") != _own(record):
-        raise BrokenRecord(f"{path} is not as it was sealed (cut off or edited{': ' + odd if odd else ''}); delete the folder to train the run again.")
+        raise BrokenRecord(f"{path} is not as it was sealed (cut off or edited{': ' + odd if odd else ''}); "
+                           "delete the folder to train the run again.")
     for name,digest in record.get("files", {}).items():
         file = folder/name
         if not name.endswith((".csv", ".json")) and not deep: continue
         if not file.is_file() or _digest(again(file.read_bytes)) != digest:
-            raise BrokenRecord(f"{file} is {'not as it was sealed' if file.exists() else 'missing'}; delete the folder to train the run again.")
+            how = "not as it was sealed" if file.exists() else "missing"
+            raise BrokenRecord(f"{file} is {how}; delete the folder to train the run again.")
     return record
 
 # %% ../nbs/00_experiment.ipynb #b16b9da1
@@ -359,7 +372,9 @@ def summary(table:pd.DataFrame,       # as `results` gives it
 def _settings(file=None):
     "settings.ini, parsed."
     file = Path(file or root()/"settings.ini")
-    if not file.exists(): raise FileNotFoundError(f"{file} is missing; run inside a checkout of bnonly, install it, or name a settings.ini.")
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing; run inside a checkout of bnonly, install it, or name "
+                                "a settings.ini.")
     ini = ConfigParser(interpolation=None)
     try: ini.read(file)
     except ConfigError as e: raise ValueError(f"{file} cannot be read: {str(e).splitlines()[0]}.") from None
@@ -385,9 +400,11 @@ def _pairs(line):
     "A line of a grid, such as 'arch=resnet14,resnet32 policy=bn'."
     pairs = [p.partition("=") for p in line.split()]
     for k,equal,v in pairs:
-        if not (k and equal and v): raise ValueError(f"{line.strip()!r} is not a line of a grid; write field=value,value without spaces.")
+        if not (k and equal and v):
+            raise ValueError(f"{line.strip()!r} is not a line of a grid; write field=value,value without spaces.")
     for k,_,_ in pairs:
-        if sum(k == o for o,_,_ in pairs) > 1: raise ValueError(f"{line.strip()!r} sets {k!r} twice; write one {k}=value,value.")
+        if sum(k == o for o,_,_ in pairs) > 1:
+            raise ValueError(f"{line.strip()!r} sets {k!r} twice; write one {k}=value,value.")
     return {k: v for k,_,v in pairs}
 
 def _points(grid):

@@ -1,9 +1,9 @@
 """The layers of the networks: PyTorch's modules, which call the operators of `bnonly.ops` once they are prepared.
 
-As they are built they compute what their base classes compute. `prepare_layers` tells them in which dtype to compute, lets
-them call the operators where they are on a CPU and there are compiled kernels, and packs each frozen weight. From then
-on frozen weights must not change: whoever changes one prepares the network again. What an operator does not take
-(another dtype, device or layout) is left to its definition.
+As they are built they compute what their base classes compute. `prepare_layers` tells them in which dtype to compute,
+lets them call the operators where they are on a CPU and there are compiled kernels, and packs each frozen weight.
+From then on frozen weights must not change: whoever changes one prepares the network again. What an operator does not
+take (another dtype, device or layout) is left to its definition.
 
 The functions in front of the classes take tensors alone, and are one step of a trace by `torch.fx`.
 """
@@ -16,7 +16,8 @@ from . import ops
 from .faults import conv2d, pair
 from .native import kernels
 
-__all__ = ["BatchNormAct", "Chain", "Conv2d", "Linear", "MaxPool2d", "Stage", "has_sparse_weight", "norm_act", "prepare_layers"]
+__all__ = ["BatchNormAct", "Chain", "Conv2d", "Linear", "MaxPool2d", "Stage", "has_sparse_weight", "norm_act",
+           "prepare_layers"]
 
 
 def _cast(dtype, *tensors):
@@ -76,8 +77,8 @@ def linear(x, weight, bias, dtype=None):
 @fx.wrap
 def batch_norm_act(x, residual, weight, bias, running_mean, running_var, count, training, tracks, momentum, eps, relu,
                    fused=False):
-    """relu(batch_norm(x) + residual) as `nn.BatchNorm2d` does it: in training with the statistics of the batch, which the
-    running ones follow."""
+    """relu(batch_norm(x) + residual) as `nn.BatchNorm2d` does it: in training with the statistics of the batch, which
+    the running ones follow."""
     if x.dim() != 4: raise ValueError(f"expected 4D input (got {x.dim()}D input)")
     follow = training and tracks and count is not None
     if follow: count.add_(1)
@@ -96,7 +97,8 @@ def max_pool(x, kernel, stride, padding, dilation, ceil_mode):
 
 @fx.wrap
 def basic_blocks(x, affine, weights, running, counts, momenta, eps, packs, dtype, rival):
-    "Residual blocks of two convolutions [C, C, 3, 3], each with BatchNorm and ReLU, in training: in one operator if it can."
+    """Residual blocks of two convolutions [C, C, 3, 3], each with BatchNorm and ReLU, in training: in one operator if
+    it can."""
     same = ((1, 1),)*3
     def fast(w): return ops.conv_algorithm(rival, w.shape, w.requires_grad, *same, 1, len(x), x.shape[2:]) == "winograd"
     def ours(t): return t.device.type == "cpu" and t.dtype == torch.float32
@@ -141,8 +143,8 @@ class BatchNormAct(Prepared, nn.BatchNorm2d):
                 residual=None   # of the same shape
                ):               # [N, channels, H, W]
         return batch_norm_act(x, residual, self.weight, self.bias, self.running_mean, self.running_var,
-                              self.num_batches_tracked, self.training, self.track_running_stats, self.momentum, self.eps,
-                              self.relu, self.rival is not None)
+                              self.num_batches_tracked, self.training, self.track_running_stats, self.momentum,
+                              self.eps, self.relu, self.rival is not None)
 
 
 def norm_act(norm, x, residual=None):
@@ -191,9 +193,11 @@ class Conv2d(Prepared, nn.Conv2d):
         self.packs = self.pack() if frozen and not isinstance(self.padding, str) else None
 
     def pack(self) -> dict:
-        "The frozen weight in the dtype in which it computes, and for each kernel that may be chosen, forward and backward."
+        """The frozen weight in the dtype in which it computes, and for each kernel that may be chosen, forward and
+        backward."""
         weight = self.weight.detach().to(self.compute_dtype)
-        best = ops.conv_algorithm(self.rival, weight.shape, False, self.stride, self.padding, self.dilation, self.groups)
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        best = ops.conv_algorithm(self.rival, weight.shape, False, *geometry)
         algorithms = [] if best == "pytorch" else [best]
         if best == "winograd" and self.rival == "none": algorithms.append("direct")   # of small images
         def pack(algorithm, back): return ops.pack(weight, algorithm, back, self.stride[0], self.padding[0])
@@ -214,7 +218,8 @@ class Conv2d(Prepared, nn.Conv2d):
 class Linear(Prepared, nn.Linear):
     "PyTorch's linear layer."
     def forward(self, x):
-        if self.rival and has_sparse_weight(self): return sparse_linear(x, *_entries(self), self.bias, self.compute_dtype)
+        if self.rival and has_sparse_weight(self):
+            return sparse_linear(x, *_entries(self), self.bias, self.compute_dtype)
         return linear(x, self.weight, self.bias, self.compute_dtype)
 
 
@@ -232,8 +237,9 @@ def _plain(m, kind) -> bool:
 
 
 class Stage(Prepared, nn.Sequential):
-    """Residual blocks one after the other. In training, those that have `pairs` of a convolution and a BatchNorm are one step
-    each time they follow each other, unless hooks ask for what is in between; hooks for all modules do not see into it."""
+    """Residual blocks one after the other. In training, those that have `pairs` of a convolution and a BatchNorm are
+    one step each time they follow each other, unless hooks ask for what is in between; hooks for all modules do not
+    see into it."""
     def forward(self, x):
         if self.rival is None or not self.training: return super().forward(x)
         row, row_trains = [], None   # pairs that go in one step, and whether any trains: those that do not keep nothing
@@ -247,7 +253,8 @@ class Stage(Prepared, nn.Sequential):
     @staticmethod
     def fusible(block) -> bool:
         "Whether a block may be computed without its modules."
-        def same(c): return (_plain(c, Conv2d) and c.kernel_size == (3, 3) and c.stride == c.padding == c.dilation == (1, 1)
+        def same(c): return (_plain(c, Conv2d) and c.kernel_size == (3, 3)
+                             and c.stride == c.padding == c.dilation == (1, 1)
                              and c.groups == 1 and c.bias is None and c.padding_mode == "zeros")
         def usual(n): return (_plain(n, BatchNormAct) and n.training and n.relu and n.affine and n.track_running_stats
                               and n.momentum is not None)
@@ -268,8 +275,8 @@ def prepare_layers(model:nn.Module,      # frozen by its policy, on its device
                    dtype:torch.dtype,    # of the convolutions and of what is between the layers
                    kinds:tuple=(Prepared,)   # of layers
                   ) -> nn.Module:        # the same model
-    """Let the layers compute in `dtype`, by the operators where there are kernels for the device. Frozen weights are packed
-    here, and must stay as they are from then on."""
+    """Let the layers compute in `dtype`, by the operators where there are kernels for the device. Frozen weights are
+    packed here, and must stay as they are from then on."""
     fused = kernels() is not None and dtype in ops.DTYPES
     for m in model.modules():
         if not isinstance(m, kinds): continue

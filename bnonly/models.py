@@ -136,10 +136,12 @@ def wide_resnet(depth:int, width:float, num_classes:int, in_channels:int) -> Res
 def efficientnet(number:int, num_classes:int, in_channels:int) -> nn.Module:
     "EfficientNet-B0 to B8; `ImportError` in one sentence where timm is missing."
     try: import timm
-    except ImportError: raise ImportError("efficientnet needs timm, which is not installed; pip install 'bnonly[timm]'.") from None
+    except ImportError:
+        raise ImportError("efficientnet needs timm, which is not installed; pip install 'bnonly[timm]'.") from None
     model = timm.create_model(f"efficientnet_b{number}", num_classes=num_classes, in_chans=in_channels)
     for m in model.modules():
-        m.__class__ = {nn.Conv2d: Conv2d, nn.Linear: Linear}.get(type(m), type(m))   # the same layers, which can be prepared
+        # the same layers, which can be prepared
+        m.__class__ = {nn.Conv2d: Conv2d, nn.Linear: Linear}.get(type(m), type(m))
     return model
 
 # %% ../nbs/02_models.ipynb #24dabd93
@@ -190,7 +192,8 @@ class MLP(nn.Module):
 def pad_to_32(x):   # [N, C, H, W], of at most 32x32 pixels
     "Images in the middle of 32x32 pixels."
     size = x.shape[2:]
-    if max(size) > 32: raise ValueError(f"images of {size[0]}x{size[1]} pixels do not fit LeNet-5; the nearest size is 32x32.")
+    if max(size) > 32:
+        raise ValueError(f"images of {size[0]}x{size[1]} pixels do not fit LeNet-5; the nearest size is 32x32.")
     left, top = ((32 - s)//2 for s in (size[1], size[0]))
     return F.pad(x, (left, 32 - size[1] - left, top, 32 - size[0] - top))
 
@@ -207,7 +210,8 @@ class LeNet(nn.Module):
     def forward(self, x):
         x = F.avg_pool2d(norm_act(self.norm1, self.conv1(pad_to_32(x))), 2)
         x = F.avg_pool2d(norm_act(self.norm2, self.conv2(x)), 2).flatten(1)
-        for linear,norm in ((self.linear3, self.norm3), (self.linear4, self.norm4)): x = norm_act(norm, linear(x)[:, :, None, None]).flatten(1)
+        for linear,norm in ((self.linear3, self.norm3), (self.linear4, self.norm4)):
+            x = norm_act(norm, linear(x)[:, :, None, None]).flatten(1)
         return self.fc(x)
 
 # %% ../nbs/02_models.ipynb #6b7db3f5
@@ -295,7 +299,8 @@ def replace_norm(model:nn.Module,    # from `build`
                 ) -> nn.Module:      # the same model, on the meta device
     "Put other layers in the place of BatchNorm and ReLU."
     fixup, single, ends = "fixup" in norm, "single" in norm, [b[-1] for b in branches(model)]
-    if single and not isinstance(model.layers[-1], BatchNormAct): model.layers.append(BatchNormAct(model.fc.in_features, relu=False))
+    if single and not isinstance(model.layers[-1], BatchNormAct):
+        model.layers.append(BatchNormAct(model.fc.in_features, relu=False))
     for name,m in list(model.named_modules()):
         new, on_shortcut = m, isinstance(model.get_submodule(name.rpartition(".")[0]), Shortcut)
         if isinstance(m, BatchNormAct) and norm != "batch" and not (single and m is model.layers[-1]):
@@ -379,7 +384,7 @@ def create_model(arch:str,                 # e.g. 'resnet56', 'wrn14-4', 'vgg16'
                  init:str="he_normal",     # of the features: he_normal, he_uniform, binary, orthogonal
                  bn_init:str="uniform",    # of gamma, beta: uniform, ones, symmetric, positive
                  seed:int=0,               # gives the same numbers on every machine
-                 norm:str="batch",         # batch; MLPs and LeNet: none, affine; residual networks: none, fixup, fixup-open, single, fixup+single
+                 norm:str="batch",         # batch, none; MLPs: affine; ResNets: fixup, fixup-open, single, fixup+single
                  act:str="relu",           # relu; residual networks: swish
                  size:int=28               # height and width of the images, which MLPs need to know
                 ) -> nn.Module:            # in float32, on the CPU, everything trainable
@@ -391,7 +396,8 @@ def create_model(arch:str,                 # e.g. 'resnet56', 'wrn14-4', 'vgg16'
     empty = {n: torch.empty(t.shape, dtype=t.dtype) for n,t in model.state_dict().items()}
     model.load_state_dict(empty, assign=True)   # to_empty would import sympy, half a second
     model = initialize(model, init, bn_init, seed)
-    model.made = dict(arch=arch, num_classes=num_classes, in_channels=in_channels, init=init, bn_init=bn_init, seed=seed, norm=norm, act=act, size=size)
+    model.made = dict(arch=arch, num_classes=num_classes, in_channels=in_channels, init=init, bn_init=bn_init,
+                      seed=seed, norm=norm, act=act, size=size)
     return fixup(model, norm) if "fixup" in norm else model
 
 # %% ../nbs/02_models.ipynb #3cd19c59
@@ -419,7 +425,9 @@ def ends(model:nn.Module,
         try:
             graph = trace(inside)
             last, shortcuts = last_layers(inside, *graph), shortcuts | on_shortcuts(*graph)
-        except ValueError as e: last, why = [m for m in [getattr(inside, "get_classifier", lambda: None)()] if isinstance(m, nn.Module)], str(e)
+        except ValueError as e:
+            head, why = getattr(inside, "get_classifier", lambda: None)(), str(e)   # as timm's models have it
+            last = [head] if isinstance(head, nn.Module) else []
     if output is not None: last = named_modules(model, output)
     elif len(last) != 1 or not any(p.ndim > 1 for p in last[0].parameters()): raise ValueError(_ask(model, last, why))
     return {m for o in last for m in o.modules()}, shortcuts
@@ -427,14 +435,19 @@ def ends(model:nn.Module,
 def named_modules(model, output:str|tuple) -> list:
     "The modules of some names; `ValueError` for a name that no module with parameters has."
     names = [n for n,m in model.named_modules() if n and any(True for _ in m.parameters())]
-    return [model.get_submodule(choose("output", n, names, "the model's modules")) for n in ([output] if isinstance(output, str) else output)]
+    asked = [output] if isinstance(output, str) else output
+    return [model.get_submodule(choose("output", n, names, "the model's modules")) for n in asked]
 
 def _ask(model, last, why):
+    inner = {n: m for n,m in model.named_modules() if n}
     names = sorted(n for n,m in model.named_modules() if m in last and any(True for _ in m.parameters()))
-    linear = [n for n,m in model.named_modules() if n and isinstance(m, nn.Linear)] or [n for n,m in model.named_modules() if n and any(True for _ in m.parameters(False))]
-    what = why or (f"{len(names)} feed its output: " + ", ".join(names) if names else "its last layer is a hidden one, or there is none")
-    example = f"name it, e.g. output={(names or linear)[-1]!r}, or output=()" if names or linear else "output=() says"
-    return f"the output layer of {type(model).__name__} cannot be told ({what.rstrip('.')}); {example} where there is none."
+    linear = [n for n,m in inner.items() if isinstance(m, nn.Linear)]
+    near = names or linear or [n for n,m in inner.items() if any(True for _ in m.parameters(False))]
+    feed = "its last layer is a hidden one, or there is none"
+    if names: feed = f"{len(names)} feed its output: {', '.join(names)}"
+    example = f"name it, e.g. output={near[-1]!r}, or output=()" if near else "output=() says"
+    return (f"the output layer of {type(model).__name__} cannot be told ({(why or feed).rstrip('.')}); "
+            f"{example} where there is none.")
 
 # %% ../nbs/02_models.ipynb #cd806a31
 def roles(model:nn.Module,

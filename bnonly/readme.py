@@ -1,7 +1,7 @@
 """The parts of the README and the index that follow from other files: `python -m bnonly.readme` writes them.
 
-A part stands between two comments of Markdown that bear its name. The notebooks' table comes from their titles; results,
-what the papers say, and speed come from the records in `runs/`, so that no number there is written by hand.
+A part stands between two comments of Markdown that bear its name. The notebooks' table comes from their titles;
+results, what the papers say, and speed come from the records in `runs/`, so that no number there is written by hand.
 """
 import json
 import re
@@ -80,7 +80,7 @@ def speed(project: Path) -> str:
     for file in sorted((runs_dir() / "bench").glob("cpu,*.json")):
         record = json.loads(file.read_text("utf-8"))
         machine = record.get("machine", {})
-        name = file.stem.split(",")[1].replace("avx512", "AVX-512").replace("avx2", "AVX2").replace("_fp16", ", float16")
+        name = file.stem.split(",")[1].upper().replace("AVX512", "AVX-512").replace("_FP16", ", float16")
         for row in record.get("rows", ()):
             if "peers" not in row or row["arch"] not in ARCHS or row["policy"] not in ("bn", "all"): continue
             ratios = {peer: found["ratio"] for peer, found in row["peers"].items()}

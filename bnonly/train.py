@@ -125,7 +125,7 @@ def default_dtype(device:torch.device, arch:str, norm:str="batch") -> torch.dtyp
 
 # %% ../nbs/04_train.ipynb #9154b046
 def prepare(model, device, dtype):
-    "Move a network to where and how it trains. What is frozen must stay as it is from then on: its weights are packed here."
+    "Move a network to where and how it trains; frozen weights are packed and must stay as they are from then on."
     if device.type == "cpu": keep_memory()
     model = prepare_layers(model.to(device, memory_format=torch.channels_last), dtype)
     model.prepared = str(dtype).removeprefix("torch.")
