@@ -9,6 +9,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -50,7 +51,7 @@ def save_cache(tensors: dict, about: dict, source: Path, before: str, name: str)
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as tmp:
                 save_file(tensors, f"{tmp}/{file.name}", dict(about=json.dumps(about), seal=seal(about)))
-                os.chmod(f"{tmp}/{file.name}", 0o644)
+                with suppress(OSError): os.chmod(f"{tmp}/{file.name}", 0o644)   # there are file systems without permissions
                 os.replace(f"{tmp}/{file.name}", file)
             return file
         except (OSError, SafetensorError): pass

@@ -90,7 +90,12 @@ def _metric(value) -> bool:
     return value is None or _number(value)   # of a run that diverged
 
 
-SHAPE = dict(spec=_each(_scalar), status=_text, final=_each(_metric), counts=_each(_number), images=_text,
+def _label(value) -> bool:
+    "Whether a figure can show a text as it is: a short line, and no formula."
+    return isinstance(value, str) and value.isprintable() and len(value) <= 200 and value.count("$") < 2
+
+
+SHAPE = dict(spec=_each(_scalar), status=_text, final=_each(_metric), counts=_each(_number), images=_label,
              data_digest=_text, shape=_each(_scalar), dtype=_text, seconds=_number, callbacks=_texts,
              machine=_each(_scalar), files=_each(_text), seal=_text)   # field of a record to what its value must be
 PERCENT = "accuracy", "top5", "dropped"   # metrics

@@ -63,6 +63,7 @@ def read_state(path: Path) -> tuple:   # metadata and tensors, both by name
     "A checkpoint, nothing where there is none; `ValueError` where the file is not as it was written."
     if not path.exists(): return {}, {}
     try:
+        if not path.is_file(): raise ValueError
         with safetensors.safe_open(path, "pt") as f:
             metadata, tensors = f.metadata(), {n: f.get_tensor(n) for n in f.keys()}
         if metadata.pop("digest") != digest(tensors, metadata): raise ValueError

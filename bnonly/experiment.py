@@ -316,6 +316,9 @@ def load_record(folder:Path,        # of the run
     if odd or record.get("seal") != _own(record):
         raise BrokenRecord(f"{path} is not as it was sealed (cut off or edited{': ' + odd if odd else ''}); "
                            "delete the folder to train the run again.")
+    if (run := _run_of(record)) not in ("", folder.absolute().name):
+        raise BrokenRecord(f"{path} is the record of another run, {run}; move it to that folder, "
+                           "or delete the folder to train the run again.")
     for name,digest in record.get("files", {}).items():
         file = folder/name
         if not name.endswith((".csv", ".json")) and not deep: continue
@@ -323,6 +326,11 @@ def load_record(folder:Path,        # of the run
             how = "not as it was sealed" if file.exists() else "missing"
             raise BrokenRecord(f"{file} is {how}; delete the folder to train the run again.")
     return record
+
+def _run_of(record) -> str:
+    "The run that a record tells of; '' where it does not say."
+    try: return Spec(**record["spec"]).key
+    except (LookupError, TypeError, ValueError): return ""
 
 # %% ../nbs/00_experiment.ipynb #b16b9da1
 def records(study:str|None=None   # a study's name; None for all of them

@@ -38,11 +38,13 @@ def load(folder:str) -> dict:   # name to array, as 06_features kept them
 def choices(study:str) -> pd.DataFrame:   # one row a run: arch, policy, rest of its name, accuracy, images, folder
     "The runs of a study that can be explored: analysed, and with a BatchNorm."
     columns = ["arch", "policy", "rest", "accuracy", "images", "folder"]
-    found = [r for r in records(study) if r["status"] == "complete" and len(load(r["folder"]).get("gamma", ()))]
+    found = [r for r in records(study) if r["status"] == "complete" and _shows(load(r["folder"]))]
     rows = [(r["spec"]["arch"], r["spec"]["policy"], Spec(**r["spec"]).key.split(",", 3)[3],
              r["final"]["accuracy"], r["images"], r["folder"]) for r in found]
     by_size = lambda c: c.map(parse_arch) if c.name == "arch" else c
     return pd.DataFrame(rows, columns=columns).sort_values(columns[:3], key=by_size)
+
+def _shows(found): return len(found.get("gamma", ())) > 0 and all(np.isfinite(found[n]).all() for n in ("gamma", "beta"))
 
 # %% ../nbs/14_explore.ipynb #6af4ab68
 def explorable() -> list[str]:

@@ -96,9 +96,15 @@ def kept(folder:Path) -> dict:   # name to array; nothing where there are none o
     if not path.is_file(): return {}
     try:
         with safe_open(path, "np") as f: meta, found = f.metadata() or {}, {n: f.get_tensor(n) for n in f.keys()}
-        if meta["digest"] != _digest(found): raise ValueError
+        if meta["digest"] != _digest(found) or not _fit(found): raise ValueError
     except Exception: return warnings.warn(f"{path} is not as it was written; it is made again at the next analysis.") or {}
     return found if meta.get("seal") == load_record(folder)["seal"] else {}
+
+def _fit(found) -> bool:
+    "Whether arrays go together as those of an analysis do."
+    each, tries = [{len(a) for n,a in found.items() if n in names} for names in ((*OWN, "zero"), ("threshold", "clamped", "correct"))]
+    whole = found.keys() >= {*OWN} and (found.keys() >= {*SEEN} or not found.keys() & {*SEEN})
+    return whole and len(each) == 1 and len(tries) <= 1 and all(a.ndim == 1 and a.dtype.kind in "fiu" for a in found.values())
 
 # %% ../nbs/06_features.ipynb #24cdd98b
 def extract(spec:Spec, study:str="scratch",
@@ -201,11 +207,19 @@ def settling(study:str|None=None, small:float=.01, **only) -> pd.DataFrame:
     "silent and small: when each channel with a ReLU settled, as a share of its run; role and the spec of its run beside them."
     tables = []
     for have, spec in _complete(study, only):
-        path = Path(spec["folder"])/"trajectory.safetensors"
-        if not path.exists(): continue
-        with safe_open(path, "np") as f: seen = {n: f.get_tensor(n) for n in f.keys()}
+        if not (seen := _looks(Path(spec["folder"])/"trajectory.safetensors", len(have["role"]))): continue
         at = seen["epoch"]/seen["epoch"][-1]
         table = pd.DataFrame(dict(role=have["role"], silent=settled(seen["zero"] > SILENT, at), small=settled(np.abs(seen["gamma"]) < small, at)))
         tables.append(table[~np.isnan(seen["zero"][-1])].assign(**spec))
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     return table.reindex(columns=["role", "silent", "small", *_SPEC])
+
+def _looks(path, channels) -> dict:
+    "What a run kept of its channels along the way; nothing where it kept none, and a warning where the file is another one."
+    if not path.exists(): return {}
+    try:
+        if not path.is_file(): raise ValueError
+        with safe_open(path, "np") as f: seen = {n: f.get_tensor(n) for n in f.keys()}
+        if not all(seen[n].shape == (len(seen["epoch"]), channels) for n in ("gamma", "zero")) or not seen["epoch"][-1] > 0: raise ValueError
+        return seen
+    except Exception: return warnings.warn(f"{path} is not as it was written and is left out.") or {}

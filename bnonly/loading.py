@@ -1,7 +1,9 @@
 "What fastai asks of the batches of a split, beside iterating over them."
 import copy
 import math
+import os
 
+import numpy as np
 import torch
 
 __all__ = ["Loader", "Pairs"]
@@ -13,6 +15,27 @@ class Pairs:
     def __len__(self): return len(self.images) if self.images else 0
     def new_empty(self): return Pairs(None)
 
+    @property
+    def iloc(self): return self   # by which fastai takes several at once
+
+    def __getitem__(self, i):   # a number, or several
+        from .data import part
+        return Pairs(part(self.images, torch.as_tensor(i).reshape(-1)))
+
+
+def as_image(item, shape: tuple) -> torch.Tensor:
+    "An image [H, W, C] in bytes from a path, an image of PIL's, an array or a tensor; `ValueError` where its shape is another."
+    from PIL import Image
+    from .photos import open_image
+    if isinstance(item, (str, os.PathLike)): item = open_image(item, item)
+    if isinstance(item, Image.Image): item = item.convert("L" if shape[-1] == 1 else "RGB")
+    x = item if isinstance(item, torch.Tensor) else torch.as_tensor(np.array(item))
+    if x.shape == shape[:2] and shape[2] == 1: x = x[..., None]
+    if x.dtype != torch.uint8 or x.shape != shape:
+        raise ValueError(f"an image to predict is torch.uint8 of the shape {shape}, as those it was trained on, "
+                         f"not {x.dtype} of {tuple(x.shape)}.")
+    return x
+
 
 class Loader:
     """Base of loaders of images in batches.
@@ -21,6 +44,8 @@ class Loader:
     `device` and `epoch`, and yields (x float32 [B, C, H, W], y int64 [B])."""
     drop_last = False
     join = False   # whether a last batch of a single image joins the one before it
+    n_inp = 1      # of what a batch holds, the images are what goes in
+    shape = None   # of an image in memory, [H, W, C], where the images themselves were left out
 
     def __len__(self):
         n = len(self.images)
@@ -36,10 +61,20 @@ class Loader:
         "A loader like this one: in order and without augmentation where `shuffle` is False."
         made = copy.copy(self)
         if shuffle is False: made.train = False
-        if dataset is not None and dataset.images is None:
-            made.images = made.data = None
-            vars(made).pop("padded", None)
+        if dataset is None: return made
+        vars(made).pop("padded", None)
+        if self.images is not None and hasattr(self.images, "x"): made.shape = tuple(self.images.x.shape[1:])
+        if not isinstance(dataset, Pairs): made.images = made.unlabelled(dataset)
+        elif dataset.images is None: made.images = made.data = None
+        else: made.images = dataset.images
         return made
+
+    def unlabelled(self, items):
+        "Images of a reader's own: paths and, where the images are in memory, images of PIL's, arrays or tensors."
+        from .data import Files, Images
+        y = torch.zeros(len(items), dtype=torch.int64)
+        if not self.shape: return Files(tuple(map(os.fspath, items)), y)
+        return Images(torch.stack([as_image(o, self.shape) for o in items]), y).to(self.device)
 
     def to(self, device):
         "Move what makes the batches."
@@ -59,6 +94,9 @@ class Loader:
     def dataset(self): return Pairs(self.images)
 
     @property
+    def items(self): return Pairs(self.images)
+
+    @property
     def vocab(self):
         from fastai.data.transforms import CategoryMap
         return CategoryMap(list(self.classes), sort=False)
@@ -67,6 +105,18 @@ class Loader:
         "Images as one sees them."
         scale, shift = (o[:x.shape[1]].to(x).view(-1, 1, 1) for o in self.affine)
         return ((x - shift) / scale / 255).clamp(0, 1).permute(0, 2, 3, 1).cpu()
+
+    def decode_batch(self, b, max_n=9, full=True):
+        "Images as one sees them, [C, H, W], each with the name of its class."
+        from fastai.torch_core import TensorImage
+        from fastcore.foundation import L
+        seen = TensorImage(self.pixels(b[0][:max_n]).permute(0, 3, 1, 2))
+        return L((image, self.classes[int(i)]) for image, i in zip(seen, b[1]))
+
+    def _pre_show_batch(self, b, max_n=9):   # the name by which fastai's Interpretation asks for it
+        import fastai.vision.learner   # noqa: F401 which knows how the top losses of images are drawn
+        from fastai.torch_core import TensorCategory, TensorImage
+        return TensorImage(b[0]), TensorCategory(b[1]), self.decode_batch(b, max_n)
 
     def show_batch(self, b=None, max_n=9, **how):
         "Draw images with their classes."

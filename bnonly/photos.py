@@ -1,4 +1,5 @@
 """Images in files: which there are, what one becomes when it is decoded, and batches of them from worker processes."""
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Files:
     def __len__(self): return len(self.y)
     def __repr__(self): return f"Files({len(self):,} images)"
     def to(self, device): return self
-    def parts(self): return "\n".join("/".join(Path(p).parts[-3:]) for p in self.paths).encode(), self.y.numpy()
+    def parts(self): return os.fsencode("\n".join("/".join(Path(p).parts[-3:]) for p in self.paths)), self.y.numpy()
 
 
 def class_folders(folder: Path) -> tuple[Files, tuple]:
@@ -43,7 +44,8 @@ def class_folders(folder: Path) -> tuple[Files, tuple]:
 def open_image(file: Path | BytesIO, name: str):
     """An RGB image of PIL's; `BrokenData` with its name where it cannot be decoded or has more than `MOST_PIXELS`.
 
-    An image of 16 bits keeps the upper 8. One of floats is taken as 0..1, or as 0..255 where it has more than 1."""
+    An image of 16 bits keeps the upper 8. One of floats is taken as 0..1, or as 0..255 where it has more than 1; one of
+    32 bits as 0..255, or as 0..65535 where it has more than 255."""
     from PIL import Image
     try:
         with Image.open(file) as image:
@@ -57,13 +59,13 @@ def open_image(file: Path | BytesIO, name: str):
 
 
 def as_bytes(x: np.ndarray) -> np.ndarray:
-    "Gray values of 16 bits, or floats, as uint8; `ValueError` where they are neither."
+    "Gray values of 16 or 32 bits, or floats, as uint8; `ValueError` where they are neither."
     low, high = x.min(), x.max()
     if x.dtype.kind == "f":
         if not (0 <= low and high <= 255): raise ValueError(f"floats from {low:g} to {high:g}, outside 0 to 255")
         return np.rint(x * (255 if high <= 1 else 1)).astype(np.uint8)
     if low < 0 or high > 65_535: raise ValueError(f"integers from {low} to {high}, outside 0 to 65,535")
-    return (x.astype(np.uint16) >> 8).astype(np.uint8)
+    return (x.astype(np.uint16) >> (0 if x.dtype.itemsize == 4 and high <= 255 else 8)).astype(np.uint8)
 
 
 def middle(image, most: float = SLIMMEST):

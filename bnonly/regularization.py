@@ -154,7 +154,7 @@ def robust(table:pd.DataFrame   # as `results` gives it
         file = Path(folder)/"robustness.csv"
         if not file.is_file(): return np.nan
         try:
-            kept = pd.read_csv(file, index_col="corruption")
+            kept = pd.read_csv(file).set_index("corruption")
             return kept.drop(columns="seal").to_numpy(float).mean() if (kept.seal == load_record(folder)["seal"]).all() else np.nan
         except (ValueError, LookupError, AttributeError) as e: return warnings.warn(f"{file} is left out: {e}") or np.nan
     found = [mean(f) for f in table.folder]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import warnings
+from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -25,14 +26,17 @@ MAIN = "short"   # the study that notebooks of the main paper show where nobody 
 def _default_study(file: Path, changed: int) -> str|None:
     "The study that a notebook names in its parameters, '' where it names none; None with a warning for no notebook."
     found = ""
+    import nbformat
     try:
-        for cell in json.loads(read_bytes(file))["cells"]:
+        nbformat.validate(notebook := json.loads(read_bytes(file)))
+        for cell in notebook["cells"]:
             if "parameters" in (cell["metadata"].get("tags") or []):
                 named = re.search(r'^study.*?= *"([\w-]+)"', "".join(cell["source"]), re.M)
                 found = named[1] if named else found
         return found
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as e:
-        warnings.warn(f"{file} is not a notebook and is left out ({type(e).__name__}: {e})")
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError, nbformat.ValidationError) as e:
+        why = (str(e).splitlines() or [""])[0]
+        warnings.warn(f"{file} is not a notebook and is left out ({type(e).__name__}: {why})")
 
 
 def notebooks() -> dict[str, str]:
@@ -171,8 +175,12 @@ def figures_page(study: str) -> Path:
             write(copies / file.name, file.read_bytes())
     instead, tables = stand_ins(results(study)), []
     for name, title in TABLES.items():
-        if (source / f"{name}.csv").is_file():
-            tables.append(dict(name=name, title=title, table=as_table(pd.read_csv(source / f"{name}.csv"))))
+        if not (file := source / f"{name}.csv").is_file():
+            continue
+        try:
+            tables.append(dict(name=name, title=title, table=as_table(pd.read_csv(file))))
+        except ValueError as e:
+            warnings.warn(f"{file} cannot be read as a table: {e}")
     return page("figures.html", study, "figures", f"Figures: {study}", tables=tables,
                 figures=[f for f in (described(p, instead) for p in pictures(source)) if f])
 
@@ -211,7 +219,8 @@ def inputs(study: str) -> str:
     h.update(json.dumps(unmeasured(study)).encode())
     code = [f for f in (*files("bnonly").iterdir(), *(files("bnonly") / "site").iterdir()) if f.is_file()]
     for file in sorted([*(root() / "nbs").glob("*.ipynb"), *code], key=str):
-        h.update(file.read_bytes())
+        with suppress(OSError, ValueError):   # no file of ours
+            h.update(read_bytes(file))
     return h.hexdigest()
 
 
@@ -233,7 +242,7 @@ def report(study: str, say=print) -> Path:
     folder, digest = runs_dir() / study / "report", inputs(study)
     made = folder / "inputs.sha256"
     whole = all((folder / f).exists() for f in ("figures", made.name, *(f"{n}.html" for n in pages(study))))
-    if not whole or made.read_text("utf-8") != digest:
+    if not whole or not made.is_file() or made.read_bytes() != digest.encode():
         figures(study, say)
         site(study)
         write(made, digest)

@@ -23,7 +23,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../nbs/05_sweep.ipynb #5fc7449b
-from .checked import read_json
+from .checked import read_bytes, read_json
 from .experiment import (BrokenRecord, Spec, choose, load_record, parse_arch, preset, results, root, run_dir, runs_dir,
                                write)
 from .logs import quiet
@@ -165,10 +165,10 @@ def keep(executed:dict, folder:Path):
 def kept(folder:Path) -> bool:
     "Whether a run's notebook is there, as it was written, and belongs to its record."
     try:
-        executed = json.loads((folder/"train.ipynb").read_bytes())
+        executed = read_json(folder/"train.ipynb")
         told = executed["metadata"].pop("bnonly")
         return told == dict(record=load_record(folder)["seal"], digest=_digest(executed))
-    except (OSError, ValueError, KeyError, TypeError): return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return False
 
 def _digest(notebook): return hashlib.sha256(json.dumps(notebook, sort_keys=True).encode()).hexdigest()
 
@@ -332,8 +332,8 @@ class Watch:
 
 def epochs_done(spec:Spec, study:str) -> int:
     "How many epochs a run has written down."
-    try: return max(0, (run_dir(spec, study)/"metrics.csv").read_bytes().count(b"\n") - 1)
-    except OSError: return 0
+    try: return max(0, read_bytes(run_dir(spec, study)/"metrics.csv").count(b"\n") - 1)
+    except (OSError, ValueError): return 0
 
 # %% ../nbs/05_sweep.ipynb #67a5d9dd
 @patch

@@ -25,10 +25,16 @@ class Trajectory(Callback):
                  done: int = 0):   # epochs of the run's earlier parts
         self.file, self.batches, self.done, self.rows = Path(folder)/"trajectory.safetensors", batches, done, {}
 
-    def before_fit(self):
-        kept = safetensors.torch.load_file(self.file) if self.done and self.file.exists() else {}
-        self.rows = {n: t[kept["epoch"] <= self.done] for n, t in kept.items()}
-        if not self.done: attempt(self, self.look, 0)
+    def before_fit(self): attempt(self, *((self.go_on,) if self.done else (self.look, 0)))
+
+    def go_on(self):
+        "Read the rows of the run's earlier parts; `ValueError` where the file is not as it was written."
+        try:
+            if not self.file.is_file(): raise ValueError
+            kept = safetensors.torch.load_file(self.file)
+            self.rows = {n: kept[n][kept["epoch"] <= self.done] for n in ("gamma", "beta", "zero", "epoch")}
+        except Exception as e:
+            raise ValueError(f"{self.file} is damaged; delete checkpoint.safetensors beside it to start the run anew.") from e
 
     def after_epoch(self):
         epoch, n = self.epoch+1, self.n_epoch

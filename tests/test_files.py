@@ -43,6 +43,9 @@ def test_sixteen_bits_and_floats_keep_their_picture():
         floats = (ramp/65535*top).astype(np.float32)
         found = np.asarray(open_image(saved(Image.fromarray(floats), "TIFF"), "x"))[0, :, 0]
         assert abs(found - ramp[0]/257).max() <= .51
+    for top, kept in ((255, ramp >> 8), (65_535, ramp)):   # of 32 bits
+        found = open_image(saved(Image.fromarray(kept.astype(np.int32)), "TIFF"), "x")
+        assert (np.asarray(found)[0, :, 0] == ramp[0] >> 8).all(), top
     for odd in ([-1.], [256.], [float("nan")], np.array([-1], np.int32), np.array([70_000], np.int32)):
         with pytest.raises(ValueError): as_bytes(np.asarray(odd))
 
@@ -73,6 +76,16 @@ def test_what_tools_leave_is_no_class_and_no_image(tmp_path):
     d = load_data("imagenet", tmp_path)
     assert (d.classes, d.digest) == (("a", "b"), before)
     assert left_behind("@eaDir") and not left_behind("n01443537")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    root = folder_of(tmp_path/"imagenet")
+    for part in ("train", "val"):
+        os.rename(root/part/"a"/"0.JPEG", os.fsencode(root/part/"a") + b"/\xe9.JPEG")
+        os.rename(root/part/"b", os.fsencode(root/part) + b"/\xe8")
+    d = load_data("imagenet", tmp_path)
+    assert len(d.train) == 4 and d.digest != load_data("imagenet", folder_of(tmp_path/"other"/"imagenet").parent).digest
+    assert sum(len(y) for _, y in FileBatches(d.train, d, 4, workers=0)) == 4
 
 
 def test_links_that_lead_in_a_circle_count_nothing_twice(tmp_path):

@@ -2,6 +2,7 @@
 import errno
 import io
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -62,6 +63,51 @@ def test_batches_and_results_are_drawn(trained):
         assert len(titles) == 4 and all(set(t) <= set("0123456789\n") for t in titles)
         plt.close()
     assert trained.dls.train.epoch == before
+
+
+def test_an_image_is_predicted_from_a_tensor_an_array_a_picture_or_a_file(trained, tmp_path):
+    from fastai.learner import load_learner
+    from PIL import Image
+    digits, p = load_data("digits"), trained.get_preds()[0]
+    trained.export("predicts.pkl")
+    with warnings.catch_warnings(action="ignore"): other = load_learner(trained.path/"predicts.pkl")
+    x = digits.test.x[7]
+    picture = Image.fromarray(x[..., 0].numpy())
+    picture.save(tmp_path/"7.png")
+    for learn in (trained, other):
+        for item in (x, x[..., 0].numpy(), picture, tmp_path/"7.png"):
+            name, i, found = learn.predict(item)
+            assert torch.allclose(found, p[7], atol=1e-2) and i == found.argmax() and name == digits.classes[int(i)]
+    assert (trained.predict(x, with_input=True)[0]*255).round().byte().tolist() == x.permute(2, 0, 1).tolist()
+    for bad in (torch.rand(8, 8), x[:7], x.expand(8, 8, 3)):
+        with pytest.raises(ValueError, match=r"an image to predict is torch.uint8 of the shape \(8, 8, 1\)"): trained.predict(bad)
+    assert torch.equal(trained.get_preds()[0], p)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_the_images_of_the_largest_losses_are_drawn(trained, part):
+    from fastai.interpret import ClassificationInterpretation
+    from matplotlib import pyplot as plt
+    found, images = ClassificationInterpretation.from_learner(trained, ds_idx=int(part == "test")), getattr(load_data("digits"), part)
+    losses, at = found.top_losses(4)
+    found.plot_top_losses(4)
+    titles = [ax.get_title().split("/") for ax in plt.gcf().axes if ax.get_title()]
+    plt.close()
+    assert [t[1].strip() for t in titles] == [str(int(images.y[i])) for i in at]
+    assert [float(t[2]) for t in titles] == pytest.approx(losses.tolist(), abs=.01)
+
+
+def test_a_damaged_trajectory_is_named_as_it_is():
+    spec = replace(TINY, epochs=3)
+    with pytest.raises(KeyboardInterrupt): fit(spec, cbs=[Stop(2)])
+    (file := run_dir(spec)/"trajectory.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"^{file} is damaged; delete checkpoint.safetensors beside it"): fit(spec)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_no_checkpoint_is_named(make, tmp_path):
+    make(file := tmp_path/"checkpoint.safetensors")
+    with pytest.raises(ValueError, match="checkpoint.safetensors is damaged"): read_state(file)
 
 
 def test_an_interpretation_counts_every_image(trained):

@@ -12,11 +12,13 @@ import nbformat.v4 as v4
 import pytest
 import safetensors
 import safetensors.numpy
+from bnonly import explore
 from bnonly.checked import read_json, read_metrics
-from bnonly.experiment import history, load_record, preset, results, run_dir
+from bnonly.experiment import BrokenRecord, history, load_record, preset, results, run_dir
+from bnonly.features import channels, kept, settling
 from bnonly.pages import harmless, notebook_cells, verdict_kind
-from bnonly.report import drawing, notebooks, page as write_page, site, unmeasured
-from bnonly.sweep import state
+from bnonly.report import drawing, inputs, notebooks, page as write_page, site, unmeasured
+from bnonly.sweep import state, unfinished
 
 ROOT = Path(__file__).parents[1]
 MARKUP = '"\'><img src=x onerror=window.ran=1><script>window.ran=1</script><svg onload=window.ran=1>{{7*7}}{% if 1 %}'
@@ -186,6 +188,7 @@ TEXTS = ["[]", "1", "null", '"x"', "", "{", b"\xff\xfe", "[" * 100_000, '{"a":' 
 VALUES = [dict(spec=v) for v in ([], None, {}, dict(arch=[]), dict(arch="resnet57"))]
 VALUES += [dict(final=v) for v in ([], {}, dict(accuracy="<b>"), dict(accuracy=1e9))]
 VALUES += [dict(counts="many"), dict(counts=dict(total=[])), dict(status=None), dict(images=1), dict(dtype=None)]
+VALUES += [dict(images=v) for v in ("$\\frac$", "a\nb", "x" * 300)]   # no figure can show them
 VALUES += [dict(seconds=v) for v in ("long", -1, 1e300, True)]
 VALUES += [dict(machine=v) for v in (None, [1], dict(device={}))]
 VALUES += [dict(callbacks="x"), dict(callbacks=[[]])]
@@ -276,6 +279,54 @@ def test_odd_metrics_are_named_and_left_out(text, tmp_path, monkeypatch):
         assert len(history("toy")) == whole - lines
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, "\0", "folder", "pipe"], ids=range(5))
+def test_odd_files_beside_records_stop_no_report_and_no_explorer(text, tmp_path, monkeypatch):
+    folder = project(tmp_path / "project", monkeypatch)
+    names = ("lock", "claim-1.json", "train.ipynb", "features.safetensors", "trajectory.safetensors", "checkpoint.safetensors",
+             "failed.json", "robustness.csv", "record (conflicted copy).json")
+    for run, name in zip(sorted(folder.iterdir()), names):
+        (run / name).unlink(missing_ok=True)
+        put(run / name, text)
+    for name in ("report/inputs.sha256", "figures/tableC1.csv"):
+        (folder / name).parent.mkdir()
+        put(folder / name, text)
+    for f in (explore.choices, explore.load): f.cache_clear()
+    assert len(results("toy")) == 15 and len(explore.choices("toy")) == 14   # without the run whose features are odd
+    assert len(channels("toy").folder.unique()) == 14 and settling("toy") is not None
+    assert len(unfinished("toy", preset("toy"))) == 12 and len(inputs("toy")) == 64 and "15 runs" in site("toy").read_text()
+
+
+def test_arrays_that_do_not_go_together_are_made_again(tmp_path, monkeypatch):
+    folder = project(tmp_path / "project", monkeypatch)
+    run = sorted(folder.iterdir())[0]
+    good = kept(run)
+    odd = [{n: a for n, a in good.items() if n != "beta"}, good | dict(gamma=good["gamma"][:-1]), good | dict(correct=good["correct"][:-1]),
+           good | dict(zero=good["zero"][:, None]), {n: a for n, a in good.items() if n != "tested"}]
+    for arrays in odd:
+        about = dict(seal=load_record(run)["seal"], digest=digest_of(arrays))
+        (run / "features.safetensors").write_bytes(safetensors.numpy.save(arrays, about))
+        with pytest.warns(UserWarning, match="features.safetensors is not as it was written"): assert kept(run) == {}
+
+
+def digest_of(arrays):
+    h = hashlib.sha256()
+    for n in sorted(arrays): h.update(n.encode() + arrays[n].tobytes())
+    return h.hexdigest()
+
+
+def test_a_run_that_was_copied_counts_once(tmp_path, monkeypatch):
+    "By a tool that keeps two versions of a folder, or by hand into the folder of another run."
+    folder = project(tmp_path / "project", monkeypatch)
+    first, whole = sorted(folder.iterdir())[0], results("toy")
+    shutil.copytree(first, folder / f"{first.name} (conflicted copy 2026-01-01)")
+    left = next(s for s in preset("toy") if s.arch == "resnet32")
+    shutil.copytree(first, run_dir(left, "toy"))
+    with pytest.warns(UserWarning, match=f"is the record of another run, {first.name}; move it") as said: assert results("toy").equals(whole)
+    assert len(said) == 2 and state(left, "toy") == "broken"
+    with pytest.raises(BrokenRecord, match="another run"): load_record(run_dir(left, "toy"))
+
+
 def test_numbers_of_json(tmp_path):
     file = tmp_path / "x.json"
     file.write_text(json.dumps([2**63 - 1, -2**63 + 1, 1e308, .5, True, None, "é"]))
@@ -289,7 +340,8 @@ def test_numbers_of_json(tmp_path):
 
 
 NOTEBOOKS = {"Untitled": "", "08_affine copy": "{", "16_mine": '{"cells": [\n<<<<<<< HEAD\n{}\n]}', "17_list": "[]",
-             "18_deep": "[" * 100_000, "19_odd": '{"cells": [{"metadata": 1}]}'}
+             "18_deep": "[" * 100_000, "19_odd": '{"cells": [{"metadata": 1}]}',
+             "20_cell": '{"cells": [{"cell_type": "code", "metadata": {}, "source": 1}], "metadata": {}, "nbformat": 4}'}
 
 
 @pytest.mark.parametrize("name, text", NOTEBOOKS.items(), ids=NOTEBOOKS)
