@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # the tests may be run by make; what they start is not
     os.environ.pop(name, None)
 FLAGS = [
