@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'GAMMA', 'BETA', 'RandomEntries', 'choose_entries', 'positions', 'moving_roles', 'freeze', 'unfreeze',
-           'hold_statistics', 'shared', 'gammas_and_betas', 'reset_affine', 'without_beta', 'free_entries',
-           'add_entries', 'trainable', 'entries', 'dense', 'free', 'counts', 'digests', 'frozen', 'moved', 'load_moved']
+           'frozen_as', 'hold_statistics', 'shared', 'gammas_and_betas', 'reset_affine', 'without_beta', 'free_entries',
+           'add_entries', 'trainable', 'entries', 'dense', 'free', 'counts', 'frozen_tensors', 'digests', 'keep_frozen',
+           'frozen', 'moved', 'load_moved']
 
 # %% ../nbs/03_policies.ipynb #5fa018fd
-import hashlib, warnings
-from contextlib import contextmanager
+import copy, hashlib, warnings
 
 import pandas as pd
 import torch
@@ -85,7 +85,7 @@ def freeze(model:nn.Module,            # from `create_model`, or any other
            statistics:str="batch"      # of a BatchNorm that does not train: 'batch' (normalizes by the batch, and its averages move) or 'frozen'
           ) -> nn.Module:              # the same model; what requires a gradient is exactly what may move
     "Freeze all that `policy` does not train; `ValueError` for a policy that does not exist or trains nothing of the model."
-    moving, tokens, own = moving_roles(policy), dict(parse_policy(policy)), core(model, is_own)[1]
+    moving, tokens, (prefix, own) = moving_roles(policy), dict(parse_policy(policy)), core(model, is_own)
     choose("statistics", statistics, ["batch", "frozen"])
     _refuse(model)
     found = roles(model, output, norms_only=not _NEEDS & set(tokens))
@@ -106,11 +106,15 @@ def freeze(model:nn.Module,            # from `create_model`, or any other
     if not ("none" in tokens or trainable(model)): _nothing(model, policy, has, fixed)
     if odd := sorted(n for n in fixed if found[n] in moving):
         warnings.warn(f"{len(odd)} parameters required no gradient before and stay frozen under {policy!r}, first {odd[0]!r}; requires_grad_(True) lets them train.", stacklevel=2)
+    names = [output] if isinstance(output, str) else output
+    names = None if names is None else [n.removeprefix(prefix) for n in names]
+    vars(own)[_FROZEN_AS] = dict(policy=policy, seed=seed, output=names, statistics=statistics)
     if made: own.frozen = dict(policy=policy, seed=seed)
     return model
 
 # %% ../nbs/03_policies.ipynb #a4cd1c76
 _MARK, _HOLD = "frozen_by_policy", "statistics_held"   # attributes of a module: names of parameters, the handle of a hook
+_FROZEN_AS = "frozen_as"                               # and of the model: what `freeze` was asked for
 
 def _freeze_one(model, name, p):
     module, _, kind = name.rpartition(".")
@@ -128,7 +132,12 @@ def unfreeze(model:nn.Module) -> nn.Module:   # the same model
             for kind in [k for k in m._parameters if k != "weight"]: m._parameters[kind] = m._parameters.pop(kind)   # in their order
         for kind in vars(m).pop(_MARK, ()): m._parameters[kind].requires_grad_(True)
         if _HOLD in vars(m): vars(m).pop(_HOLD).remove()
+        vars(m).pop(_FROZEN_AS, None)
     return model
+
+def frozen_as(model:nn.Module) -> dict|None:   # policy, seed, output (a list of names, or None), statistics
+    "What `freeze` was last asked of a model, None where it was not, or was undone."
+    return vars(core(model, is_own)[1]).get(_FROZEN_AS)
 
 def _hold(m, _): m.eval()
 
@@ -237,7 +246,14 @@ def add_entries(m, index):
     vars(m)[_MARK] = tuple(k for k in vars(m).get(_MARK, ()) if k != "weight")
     parametrize.register_parametrization(m, "weight", RandomEntries(m.weight, index.to(m.weight.device)))
     m.parametrizations.weight.original.requires_grad_(True)
-    type(m).__reduce_ex__ = _reduced   # the class was made for this layer alone; PyTorch gives it no way to be pickled
+    # PyTorch made the class for this layer alone: it cannot be pickled, and a copy of the layer would share it
+    type(m).__reduce_ex__, type(m).__deepcopy__ = _reduced, _copied
+
+def _copied(m, memo):
+    make, own, state, *_, fill = _reduced(m, None)
+    memo[id(m)] = new = make(*own)
+    fill(new, copy.deepcopy(state, memo))
+    return new
 
 def _reduced(m, protocol):   # for pickle: the layer's own class, and how to add the entries again
     own, state, e = type(m).__bases__[0], dict(vars(m)), m.parametrizations.weight[0]
@@ -298,34 +314,76 @@ def counts(model:nn.Module,
 # %% ../nbs/03_policies.ipynb #b33c52ea
 def _digest(t): return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
-def digests(model:nn.Module) -> dict:   # name to digest
-    "A digest of every frozen tensor: parameters, what surrounds random entries, statistics that are held."
+def frozen_tensors(model:nn.Module) -> dict:   # name to tensor
+    "Every frozen tensor: parameters, what surrounds random entries, statistics that are held."
     kept = {n: p for n,p in model.named_parameters() if not p.requires_grad}
     for n,m in model.named_modules():
         if isinstance(m, RandomEntries): kept[f"{n}.base"] = m.base.flatten().index_fill(0, m.index, 0)
-        if _HOLD in vars(m): kept |= {f"{n}.{k}": b for k,b in m.named_buffers(recurse=False)}
-    return {n: _digest(t) for n,t in kept.items()}
+        if _HOLD in vars(m): kept |= {f"{n}.{k}".lstrip("."): b for k,b in m.named_buffers(recurse=False)}
+    return kept
 
-@contextmanager
-def frozen(model:nn.Module, policy:str, **how):   # how: seed, output, statistics, as `freeze` takes them
-    "Frozen within, as before afterwards; `RuntimeError` on leaving names the first frozen tensor that moved."
-    unfrozen = {n: (vars(m).get(_MARK), [(k, p.requires_grad) for k,p in m._parameters.items() if p is not None]) for n,m in model.named_modules()}
-    if any(map(entries, model.modules())): raise ValueError("this model has random entries from an earlier freeze; unfreeze(model) first.")
-    own = core(model, is_own)[1]
-    was = getattr(own, "frozen", None)
-    freeze(model, policy, **how)
-    before = digests(model)
-    try:
-        yield model
-        after = digests(model)
-        if odd := next((n for n in before if before[n] != after.get(n)), None): raise RuntimeError(f"{odd!r} was frozen by {policy!r} and moved.")
-    finally:
-        unfreeze(model)
-        if was is not None: own.frozen = was
-        for n,(mark, needs) in unfrozen.items():
-            m = model.get_submodule(n)
-            if mark: vars(m)[_MARK] = mark
-            for k,need in needs: m._parameters[k].requires_grad_(need)
+def digests(model:nn.Module) -> dict:   # name to digest
+    "A digest of every frozen tensor."
+    return {n: _digest(t) for n,t in frozen_tensors(model).items()}
+
+# %% ../nbs/03_policies.ipynb #4a55f07a
+def _flags(model):   # for `_put_back`: what requires a gradient, what is marked, what `freeze` was asked for
+    marks = {m: (vars(m).get(_MARK), vars(m).get(_FROZEN_AS)) for m in model.modules()}
+    return marks, [(m, k, p.requires_grad) for m in marks for k,p in m.named_parameters(recurse=False)]
+
+def _put_back(model, marks, needs):
+    for m,values in marks.items():
+        for name,value in zip((_MARK, _FROZEN_AS), values):
+            if value is not None: vars(m)[name] = value
+    for m,k,need in needs: m.get_parameter(k).requires_grad_(need)
+    if (frozen_as(model) or {}).get("statistics") == "frozen": hold_statistics(model)
+
+def keep_frozen(needs:dict):   # parameter to whether it may move
+    "Let what may move require a gradient, and nothing else require or have one."
+    for p,need in needs.items():
+        if p.requires_grad != need: p.requires_grad_(need)
+        if not need: p.grad = None
+
+# %% ../nbs/03_policies.ipynb #b8e641ac
+class frozen:
+    """Frozen from here on, and in a `with` only within.
+
+    On leaving, `RuntimeError` names the first frozen tensor that moved."""
+    def __init__(self,
+                 model,             # an nn.Module, or a fastai Learner, which then stays frozen through its fits
+                 policy:str=None,   # as `freeze` takes it; None: what is frozen already
+                 **how):            # seed, output, statistics, as `freeze` takes them
+        self.given, self.model, self.policy = model, model if isinstance(model, nn.Module) else model.model, policy
+        if policy is None and (how or frozen_as(self.model) is None):
+            raise ValueError("frozen needs a policy, e.g. 'norm', for a model that freeze has not frozen.")
+        if policy and any(map(entries, self.model.modules())):
+            raise ValueError("this model has random entries from an earlier freeze; unfreeze(model) first.")
+        self.was, self.made = _flags(self.model), vars(core(self.model, is_own)[1]).get("frozen")
+        if policy: freeze(self.model, policy, **how)
+        self.needs, self.before = {p: p.requires_grad for p in self.model.parameters()}, digests(self.model)
+        if model is not self.model: self._join(model)
+
+    def _join(self, learn):
+        from bnonly.keeping import KeepFrozen
+        learn.opt = None   # an optimizer of before may hold what is no parameter any more
+        self.keeper = KeepFrozen(self.needs, keep_frozen)
+        learn.add_cb(self.keeper)
+
+    def __enter__(self): return self.given
+
+    def __exit__(self, kind, error, trace):
+        keep_frozen(self.needs)
+        after = self.before if kind else digests(self.model)
+        if self.given is not self.model:
+            self.given.remove_cb(self.keeper)
+            self.given.opt = None
+        if self.policy:
+            unfreeze(self.model)
+            own = vars(core(self.model, is_own)[1])
+            if own.pop("frozen", None) is not None and self.made is not None: own["frozen"] = self.made
+            _put_back(self.model, *self.was)
+        odd = next((n for n,d in self.before.items() if d != after.get(n)), None)
+        if odd: raise RuntimeError(f"{odd!r} was frozen by {self.policy or 'freeze'!r} and moved.")
 
 # %% ../nbs/03_policies.ipynb #3e9b17cf
 def moved(model:nn.Module) -> dict:   # name to tensor

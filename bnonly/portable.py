@@ -22,7 +22,7 @@ from .experiment import BN_INITS, INITS, Spec, choose, parse_arch, parse_policy,
 from .features import restore
 from .models import build, create_model, roles
 from .policies import freeze, load_moved, moved, moving_roles
-from .sealed import check_fields, digest, read_sealed, serialize, whole
+from .sealed import check_fields, digest, read_sealed, serialize, whole_number
 from .train import prepare
 
 # %% ../nbs/09_portable.ipynb #d645f5ba
@@ -111,7 +111,7 @@ def origin(told:dict) -> dict:   # what `describe` and `save_portable` said -> a
     arch = parse_arch(told["arch"])
     choose("family", arch.family, FAMILIES)
     if arch.depth > 2000 or arch.width > 10_000: raise ValueError(f"arch {told['arch']!r} is deeper than 2,000 layers or wider than 10,000")
-    numbers = {n: whole(told, n, most, int(n in ("num_classes", "in_channels"))) for n,most in _MOST.items()}
+    numbers = {n: whole_number(told, n, most, int(n in ("num_classes", "in_channels"))) for n,most in _MOST.items()}
     inits = dict(init=choose("init", told["init"], INITS), bn_init=choose("bn_init", told["bn_init"], BN_INITS))
     parse_policy(told["policy"])
     if not re.fullmatch("[0-9a-f]{64}", told["features"]): raise ValueError(f"its digest of the features is {told['features'][:70]!r}")

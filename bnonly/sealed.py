@@ -4,13 +4,14 @@ Such a file is safetensors, with strings beside its tensors. One of the strings,
 import hashlib
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from safetensors import safe_open
 
-__all__ = ["DTYPES", "HEADER", "check_fields", "digest", "read_sealed", "serialize", "whole"]
+__all__ = ["DTYPES", "HEADER", "check_fields", "digest", "read_metadata", "read_sealed", "serialize", "whole_number"]
 
 HEADER = 2**16   # bytes of the header of a file, at most
 LONGEST = 400    # characters of one of its strings, at most
@@ -42,12 +43,31 @@ def check_fields(metadata: dict, allowed):
         raise ValueError(f"its {long[0]} is {len(metadata[long[0]]):,} characters long")
 
 
-def whole(metadata: dict, name: str, high: int, low: int = 0) -> int:
+def whole_number(metadata: dict, name: str, high: int, low: int = 0) -> int:
     "The whole number of a field; `ValueError` where it is none from `low` to `high`."
     text = metadata[name]
     if not re.fullmatch(r"\d{1,19}", text, re.ASCII) or not low <= int(text) <= high:
         raise ValueError(f"{name} {text!r} is not a whole number from {low} to {high:,}")
     return int(text)
+
+
+@contextmanager
+def _opened(path, what, header):   # the file and its metadata; whatever goes wrong within is one `ValueError`
+    path = Path(path)
+    if not path.is_file(): raise FileNotFoundError(f"{path} is not a file.")
+    try:
+        _check_header(path, header)
+        with safe_open(path, "pt") as f: yield f, f.metadata() or {}
+    except OSError: raise
+    except Exception as e:
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:600]
+        raise ValueError(f"{path} is no {what}: {why.rstrip('.')}.") from None
+
+
+def read_metadata(path: Path, what: str, check, header: int = HEADER) -> dict:
+    "What a file says, if `check` raises no `ValueError`; its seal is not looked at. Errors as of `read_sealed`."
+    with _opened(path, what, header) as (_, metadata): check(metadata)
+    return metadata
 
 
 def read_sealed(path: Path,
@@ -58,24 +78,15 @@ def read_sealed(path: Path,
 
     Only when all of that fits are numbers read, held against the digest, and asked to be finite. `FileNotFoundError`
     where there is no file, `ValueError` in one sentence for one that is damaged or lies."""
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path} is not a file.")
-    try:
-        _check_header(path, header)
-        with safe_open(path, "pt") as f:
-            metadata = f.metadata() or {}
-            expected = {n: ([*shape], DTYPES.get(dtype, str(dtype))) for n, (shape, dtype) in plan(metadata).items()}
-            found = {n: (f.get_slice(n).get_shape(), f.get_slice(n).get_dtype()) for n in f.keys()}
-            _compare(expected, found)
-            tensors = {n: f.get_tensor(n) for n in expected}
+    with _opened(path, what, header) as (f, metadata):
+        expected = {n: ([*shape], DTYPES.get(dtype, str(dtype))) for n, (shape, dtype) in plan(metadata).items()}
+        found = {n: (f.get_slice(n).get_shape(), f.get_slice(n).get_dtype()) for n in f.keys()}
+        _compare(expected, found)
+        tensors = {n: f.get_tensor(n).clone() for n in expected}   # what it gives is the file itself, which may change
         if metadata["digest"] != digest(tensors, {k: v for k, v in metadata.items() if k != "digest"}):
             raise ValueError("its content is not what was sealed")
         if odd := [n for n, t in tensors.items() if not t.isfinite().all()]:
             raise ValueError(f"{odd[0]} holds numbers that are not finite")
-    except OSError: raise
-    except Exception as e:
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:600]
-        raise ValueError(f"{path} is no {what}: {why.rstrip('.')}.") from None
     return metadata, tensors
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bnonly.models import create_model, roles
-from bnonly.policies import counts, dense, free, freeze, frozen, load_moved, moved, trainable, unfreeze
+from bnonly.policies import counts, dense, free, freeze, frozen, frozen_as, load_moved, moved, trainable, unfreeze
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -156,6 +156,14 @@ def test_random_entries_in_copies_and_pickles():
         assert torch.equal(again.eval()(x), model.eval()(x)) and counts(again).equals(counts(model)) and [*again.state_dict()] == [*model.state_dict()]
 
 
+def test_a_copy_is_unfrozen_without_the_model():
+    "PyTorch lets a copy share the class that it makes for a parametrized layer, and takes the weight from both."
+    model, x = freeze(net(), "random2+output"), torch.randn(2, 3, 8, 8)
+    y, other = model.eval()(x), copy.deepcopy(model)
+    assert torch.equal(unfreeze(copy.deepcopy(model))(x), y) and torch.equal(model(x), y) and len(trainable(model)) == 3
+    assert torch.equal(unfreeze(model)(x), y) and torch.equal(other(x), y) and len(trainable(other)) == 3
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_random_entries_of_a_transposed_convolution(groups):
     model = nn.Sequential(nn.ConvTranspose2d(8, 4, 3, groups=groups), nn.Flatten(), nn.Linear(4*25, 2))
@@ -242,3 +250,90 @@ def test_another_number_of_classes_or_dtype_changes_nothing():
     for tensors in (moved(other), {n: t.double() for n, t in moved(model).items()}, {n: t.numpy() for n, t in moved(model).items()}, dict.fromkeys(moved(model))):
         with pytest.raises(ValueError, match="use the spec they were trained with"): load_moved(model, tensors)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_what_it_was_frozen_as_is_noted_and_forgotten():
+    model = net()
+    assert frozen_as(model) is None
+    freeze(nn.DataParallel(model), "output", seed=3, output="module.5", statistics="frozen")
+    asked = dict(policy="output", seed=3, output=["5"], statistics="frozen")
+    assert frozen_as(model) == frozen_as(nn.DataParallel(model)) == frozen_as(copy.deepcopy(model)) == asked
+    with frozen(model, "norm"): assert frozen_as(model)["policy"] == "norm"
+    assert frozen_as(model) == asked
+    before = model[1].running_mean.clone()   # whose statistics are held again
+    model.train()(torch.randn(4, 3, 8, 8))
+    assert torch.equal(model[1].running_mean, before)
+    assert frozen_as(unfreeze(model)) is None
+
+
+def test_frozen_without_a_policy_keeps_what_freeze_froze():
+    model = freeze(net(), "norm")
+    with frozen(model): model[0].weight.requires_grad_(True)
+    assert [*trainable(model)] == ["1.weight", "1.bias"]
+    with pytest.raises(RuntimeError, match="'0.weight' was frozen by 'freeze' and moved"):
+        with frozen(model): model[0].weight.data += 1
+    with pytest.raises(ValueError, match="frozen needs a policy, e.g. 'norm'"): frozen(net())
+
+
+def learner_of(model, tmp_path, **how):
+    "A Learner with groups of layers, as fastai's vision_learner makes them; it has fitted, so its optimizer and gradients are there."
+    from fastai.basics import DataLoaders, Learner
+    from fastai.callback import fp16, progress, schedule   # noqa: F401
+    g = torch.Generator().manual_seed(0)
+    images = torch.utils.data.TensorDataset(torch.randn(32, 3, 8, 8, generator=g), torch.arange(32) % 5)
+    groups = lambda m: [[*m[:1].parameters()], [*m[1:3].parameters()], [*m[3:].parameters()]]
+    learn = Learner(DataLoaders(*(torch.utils.data.DataLoader(images, 8) for _ in range(2))), model, nn.functional.cross_entropy,
+                    splitter=groups, path=tmp_path, **how)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    return learn
+
+
+WORKFLOWS = dict(fine_tune=lambda learn: learn.fine_tune(2), unfreeze=lambda learn: (learn.unfreeze(), learn.fit(1)), freeze_to=lambda learn: (learn.freeze_to(1), learn.fit(1)),
+                 lr_find=lambda learn: (learn.lr_find(num_it=8, show_plot=False), learn.fit(1)), one_cycle=lambda learn: learn.fit_one_cycle(1, slice(1e-3, 1e-2)),
+                 fp16=lambda learn: (learn.to_fp16(), learn.unfreeze(), learn.fit(1), learn.to_fp32()), within=lambda learn: learn.fit(1, cbs=Thaw()),
+                 checkpoint=lambda learn: (learn.save("it"), learn.unfreeze(), learn.fit(1), learn.load("it"), learn.unfreeze(), learn.fit(1)))
+
+
+def Thaw():
+    "A callback that asks for every gradient in the middle of a fit."
+    from fastai.callback.core import Callback
+
+    class Thaw(Callback):
+        def before_batch(self): self.learn.model.requires_grad_(True)
+    return Thaw()
+
+
+@pytest.mark.filterwarnings("ignore")   # of mixed precision without a GPU
+@pytest.mark.parametrize("policy", ["norm+output", "random2"])
+@pytest.mark.parametrize("optimizer", ["fastai", "torch"])
+def test_a_learner_stays_frozen_through_every_workflow(policy, optimizer, tmp_path):
+    from functools import partial
+
+    from fastai.optimizer import OptimWrapper
+    how = {} if optimizer == "fastai" else dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, weight_decay=.1)))
+    learn = learner_of(net(), tmp_path, wd=.1, **how)
+    for name, work in WORKFLOWS.items():
+        with frozen(learn, policy) as same, learn.no_bar(), learn.no_logging():
+            may, before, free_before = free(learn.model), dense(learn.model), [*trainable(learn.model)]
+            work(learn)
+            after = dense(learn.model)
+        assert same is learn and all(torch.equal(after[n] != b, may[n]) for n, b in before.items()), name
+        assert free_before and len(trainable(learn.model)) == 6 and not hasattr(learn, "keep_frozen")
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert not any(torch.equal(t, after[n]) for n, t in dense(learn.model).items())   # free again
+
+
+def test_frozen_lasts_where_it_is_called_without_with(tmp_path):
+    learn = learner_of(net(), tmp_path)
+    frozen(learn, "output")
+    before = dense(learn.model)
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1)
+    assert {n for n, t in dense(learn.model).items() if not torch.equal(t, before[n])} == {"5.weight", "5.bias"}
+
+
+def test_a_checkpoint_of_another_base_is_noticed(tmp_path):
+    learn = learner_of(net(), tmp_path)
+    learn.save("other")
+    with torch.no_grad(): learn.model[0].weight += 1
+    with pytest.raises(RuntimeError, match="'0.weight' was frozen by 'norm' and moved"):
+        with frozen(learn, "norm"): learn.load("other")
