@@ -22,7 +22,7 @@ from .distributed import all_gather, all_reduce, unwrap
 from .experiment import seal, write
 from .machine import machine
 from .photos import named
-from .policies import counts, load_moved, moved, trainable
+from .policies import counts, load_trained_state, trained_state, trainable
 from .runlock import LostLock
 from .sealed import digest
 
@@ -52,7 +52,7 @@ def save_state(learn, path: Path, rows: list, **about):
     "Write what training needs to go on; rows: metrics of the epochs that are done, about: JSON values."
     model, states = unwrap(learn.model), learn.opt.opt.state
     momenta = {n: states[p].get("momentum_buffer") for n, p in trainable(model).items()}
-    tensors = {f"moved/{n}": t for n, t in moved(model).items()}
+    tensors = {f"moved/{n}": t for n, t in trained_state(model).items()}
     tensors |= {f"momentum/{n}": t for n, t in momenta.items() if t is not None}
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     metadata = {k: json.dumps(v) for k, v in dict(rows=rows, random=random_states(), **about).items()}
@@ -75,7 +75,7 @@ def read_state(path: Path) -> tuple:   # metadata and tensors, both by name
 def load_state(learn, tensors: dict):   # as `read_state` gives them
     "Put the trained state and the momentum back; `ValueError` where they do not fit the network."
     def those(kind): return {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(f"{kind}/")}
-    load_moved(learn.model, those("moved"))
+    load_trained_state(learn.model, those("moved"))
     learn.create_opt()
     for n, t in those("momentum").items():
         p = learn.model.get_parameter(n)
@@ -173,7 +173,7 @@ class Checkpointer(Callback):
                     **{m.name: h for m, h in zip(self.learn.metrics[2:], held)}, seconds=time.monotonic()-self.began)
 
     def after_fit(self):   # before a callback such as SaveModelCallback puts another epoch's state in its place
-        state = moved(unwrap(self.learn.model))
+        state = trained_state(unwrap(self.learn.model))
         self.ended = {n: t.detach().cpu().clone().contiguous() for n, t in state.items()}
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import __version__
 from .experiment import choose, parse_policy, write
-from .policies import freeze, frozen_as, frozen_tensors, load_moved, moved, trainable, unfreeze
+from .policies import freeze, frozen_as, frozen_tensors, load_trained_state, trained_state, trainable, unfreeze
 from .sealed import check_fields, digest, read_metadata, read_sealed, serialize, whole_number
 from .trace import core
 
@@ -74,7 +74,7 @@ def save_delta(model: nn.Module,   # trained after `freeze`
         does = "trains" if odd[0] in trainable(inside) else "does not train"
         raise ValueError(f"{odd[0]!r} {does}, against policy {how['policy']!r}; "
                          "freeze the model again before it trains, or train within `with frozen(...)`.")
-    tensors = {n: t.detach().cpu().clone().contiguous() for n, t in moved(inside).items()}
+    tensors = {n: t.detach().cpu().clone().contiguous() for n, t in trained_state(inside).items()}
     if odd := [n for n, t in tensors.items() if not t.isfinite().all()]:
         raise ValueError(f"{odd[0]} holds numbers that are not finite; a diverged model is not kept.")
     tools = dict(bnonly=__version__, torch=version("torch"))
@@ -97,7 +97,7 @@ def read_delta(path: Path, model: nn.Module) -> tuple:   # metadata and tensors,
 
     def plan(metadata):
         copies[:] = [_frozen_copy(inside, about(metadata))]
-        return {n: (t.shape, t.dtype) for n, t in moved(copies[0]).items()}
+        return {n: (t.shape, t.dtype) for n, t in trained_state(copies[0]).items()}
     metadata, tensors = read_sealed(path, f"delta of this {type(inside).__name__}", plan, HEADER)
     if digest(frozen_tensors(copies[0])) != metadata["frozen"]:
         raise ValueError(f"{path} stands on another base than this {type(inside).__name__}: what "
@@ -121,7 +121,7 @@ def load_delta(path: Path,        # as `save_delta` wrote it
 
 def _put(model, metadata, tensors):
     inside = unwrapped(model)
-    load_moved(freeze(inside, **about(metadata)), tensors)
+    load_trained_state(freeze(inside, **about(metadata)), tensors)
     model.eval()
     return model
 
@@ -150,7 +150,7 @@ class Shelf:
         _put(self.model, metadata, tensors)
         self.shared, inside = {k: metadata[k] for k in SHARED}, unwrapped(self.model)
         self.how = frozen_as(self.model)
-        self.shapes = {n: (t.shape, t.dtype) for n, t in moved(inside).items()}
+        self.shapes = {n: (t.shape, t.dtype) for n, t in trained_state(inside).items()}
         self.places = [(inside.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in self.shapes]
         self._keep(name, tensors)
 

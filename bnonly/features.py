@@ -27,12 +27,12 @@ def restore(spec:Spec,               # of a run that has ended
            ):                        # the network, in evaluation mode
     "Rebuild a trained network from its seed and what moved. `FileNotFoundError` where there is no record."
     import safetensors.torch, torch
-    from bnonly.policies import load_moved
+    from bnonly.policies import load_trained_state
     from bnonly.train import network, prepare
     folder = run_dir(spec, study)
     record = load_record(folder, deep=True)
     if record is None: raise FileNotFoundError(f"{folder} holds no finished run; train it with fit({spec}, {study!r}).")
-    model = load_moved(network(spec, record["shape"]), safetensors.torch.load_file(folder/"moved.safetensors"))
+    model = load_trained_state(network(spec, record["shape"]), safetensors.torch.load_file(folder/"moved.safetensors"))
     return prepare(model, torch.device(device or "cpu"), dtype or getattr(torch, record["dtype"])).eval()
 
 # %% ../nbs/06_features.ipynb #406aabe2

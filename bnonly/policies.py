@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['POLICIES', 'GAMMA', 'BETA', 'RandomEntries', 'choose_entries', 'positions', 'moving_roles', 'freeze', 'unfreeze',
            'frozen_as', 'hold_statistics', 'shared', 'gammas_and_betas', 'reset_affine', 'without_beta', 'free_entries',
-           'add_entries', 'trainable', 'entries', 'dense', 'free', 'counts', 'frozen_tensors', 'digests', 'keep_frozen',
-           'frozen', 'moved', 'load_moved']
+           'add_entries', 'trainable', 'entries', 'effective_weights', 'trainable_mask', 'counts', 'frozen_tensors',
+           'digests', 'keep_frozen', 'frozen', 'trained_state', 'load_trained_state']
 
 # %% ../nbs/03_policies.ipynb #5fa018fd
 import copy, hashlib, warnings
@@ -287,11 +287,11 @@ def _weights(model):   # of (name, parameter, RandomEntries or None, layer); ano
         e = entries(m) if name.endswith(".parametrizations.weight.original") or name == "parametrizations.weight.original" else None
         yield ".".join(filter(None, place(name))) if e else name, p, e, m
 
-def dense(model:nn.Module) -> dict:   # name to a copy of the tensor
+def effective_weights(model:nn.Module) -> dict:   # name to a copy of the tensor
     "Every weight, whole, whether it trains or not."
     return {n: (m.weight if e else p).detach().clone() for n,p,e,m in _weights(model)}
 
-def free(model:nn.Module) -> dict:    # name to a tensor of booleans
+def trainable_mask(model:nn.Module) -> dict:   # name to a tensor of booleans
     "For every weight, which of its entries may move."
     refuse_hidden(model)
     masks = {}
@@ -386,16 +386,16 @@ class frozen:
         if odd: raise RuntimeError(f"{odd!r} was frozen by {self.policy or 'freeze'!r} and moved.")
 
 # %% ../nbs/03_policies.ipynb #3e9b17cf
-def moved(model:nn.Module) -> dict:   # name to tensor
+def trained_state(model:nn.Module) -> dict:   # name to tensor
     "What training changes: the numbers that may move, and BatchNorm's running statistics."
     still = {n for n,p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return {n: t for n,t in model.state_dict().items() if n not in still and isinstance(t, torch.Tensor)}
 
-def load_moved(model:nn.Module,   # from the same seed, frozen by the same policy
-               tensors:dict       # as `moved` gave them
-              ) -> nn.Module:
+def load_trained_state(model:nn.Module,   # from the same seed, frozen by the same policy
+                       tensors:dict       # as `trained_state` gave them
+                      ) -> nn.Module:
     "Put what moved back into a regenerated model; `ValueError` where it does not fit, and then nothing is changed."
-    own = moved(model)
+    own = trained_state(model)
     if odd := sorted(set(tensors) ^ set(own)):
         raise ValueError(f"{odd[0]!r} is in only one of the model and what moved; use the spec they were trained with.")
     kind = lambda t: f"{tuple(t.shape)} {t.dtype}" if isinstance(t, torch.Tensor) else f"a {type(t).__name__}"

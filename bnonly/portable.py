@@ -21,7 +21,7 @@ from . import __version__
 from .experiment import BN_INITS, INITS, Spec, choose, parse_arch, parse_policy, write
 from .features import restore
 from .models import build, create_model, roles
-from .policies import freeze, load_moved, moved, moving_roles
+from .policies import freeze, load_trained_state, trained_state, moving_roles
 from .sealed import check_fields, digest, read_sealed, serialize, whole_number
 from .train import prepare
 
@@ -95,7 +95,7 @@ def save_portable(spec_or_model,          # the spec of a finished run, or a net
     _alike(model, fresh, told["arch"])
     for (n,p),(_,q) in zip(model.named_parameters(), fresh.named_parameters()):
         if not q.requires_grad and not torch.equal(p.cpu(), q): raise ValueError(f"{n} is frozen and yet not what its seed draws; such a network needs a full checkpoint.")
-    vectors = pack(moved(model), plan)
+    vectors = pack(trained_state(model), plan)
     if odd := [v for v,t in vectors.items() if not t.isfinite().all()]: raise ValueError(f"{odd[0]} holds numbers that are not finite; a diverged network is not kept.")
     return write(path, serialize(told, vectors))
 
@@ -150,7 +150,7 @@ def load_portable(path:Path,          # as `save_portable` wrote it
     if features(model) != told["features"]:
         raise ValueError(f"{path} cannot be rebuilt here: seed {made['seed']} draws other features on this machine (numpy {version('numpy')}) than where it was saved ({told['versions']!r}).")
     model = freeze(model, made["policy"], made["entries"])
-    load_moved(model, unpack(vectors, layout(made["arch"], made["num_classes"], made["in_channels"], made["policy"])))
+    load_trained_state(model, unpack(vectors, layout(made["arch"], made["num_classes"], made["in_channels"], made["policy"])))
     device = torch.device(device or "cpu")
     if made["compute"] != "plain": return prepare(model, device, getattr(torch, made["compute"])).eval()
     return model.to(device).eval()
@@ -172,13 +172,13 @@ class Tasks:
     def __init__(self, files:dict, device=None):   # name of a task to its portable file
         if not files: raise ValueError("Tasks needs at least one portable file; save_portable writes them.")
         self.model = load_portable(next(iter(files.values())), device)
-        self.places, self.moved, first = list(moved(self.model).values()), {}, None
+        self.places, self.moved, first = list(trained_state(self.model).values()), {}, None
         for name,path in files.items():
             told, made, vectors = read(path)
             first = first or dict(made, features=told["features"])
             if dict(made, features=told["features"]) != first: raise ValueError(f"{path} stands on another random network than the first file; tasks share architecture, seed, policy and arithmetic.")
             own = unpack(vectors, layout(*(made[k] for k in ("arch", "num_classes", "in_channels", "policy"))))
-            self.moved[name] = [own[n].to(self.places[0].device) for n in moved(self.model)]
+            self.moved[name] = [own[n].to(self.places[0].device) for n in trained_state(self.model)]
 
     def use(self, task:str) -> nn.Module:   # the network, for this task
         "Put a task's numbers into the network."

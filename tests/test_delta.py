@@ -11,7 +11,7 @@ import torch
 from bnonly.delta import Shelf, load_delta, merge, read_delta, save_delta
 from bnonly.experiment import write
 from bnonly.models import create_model
-from bnonly.policies import counts, freeze, frozen_as, moved, trainable, unfreeze
+from bnonly.policies import counts, freeze, frozen_as, trained_state, trainable, unfreeze
 from bnonly.sealed import read_sealed, serialize
 from hostile import KINDS, metadata_lied, unsealed
 from torch import nn
@@ -69,7 +69,7 @@ def test_the_same_bits_on_a_fresh_base(policy, tmp_path):
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
     assert frozen_as(again) == frozen_as(model) and [*trainable(again)] == [*trainable(model)]
     metadata, tensors = read_delta(path, Net())
-    assert (metadata["base"], metadata["policy"]) == (BASE, policy) and tensors.keys() == moved(model).keys()
+    assert (metadata["base"], metadata["policy"]) == (BASE, policy) and tensors.keys() == trained_state(model).keys()
     assert {n: t.dtype for n, t in tensors.items() if "num_batches" in n} == {"bn.num_batches_tracked": torch.int64}
 
 
@@ -161,7 +161,7 @@ def test_what_was_read_stays_where_the_file_changes(tmp_path):
     with open(path, "r+b") as f: f.write(bytes(path.stat().st_size))
     assert all(torch.equal(t, before[n]) for n, t in tensors.items())
     shelf["birds"]
-    assert all(torch.equal(t, before[n]) for n, t in moved(shelf.model).items())
+    assert all(torch.equal(t, before[n]) for n, t in trained_state(shelf.model).items())
 
 
 def test_a_true_looking_file_on_a_false_base_is_refused(tmp_path):
@@ -203,7 +203,7 @@ def test_a_shelf_copies_what_a_delta_holds_and_nothing_else(tmp_path, monkeypatc
     foreach = torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda places, numbers: (copies.append((len(places), sum(t.numel() for t in numbers))), foreach(places, numbers)))
     assert torch.equal(shelf["2"](X), load_delta(files[2], Net())(X)) and not torch.equal(shelf["1"](X), shelf["2"](X))
-    assert copies == [(len(moved(model)), sum(t.numel() for t in moved(model).values()))] * 3
+    assert copies == [(len(trained_state(model)), sum(t.numel() for t in trained_state(model).values()))] * 3
     shelf.model.double().float()   # buffers are other tensors now
     assert torch.equal(shelf["2"](X), load_delta(files[2], Net())(X))
 
@@ -246,7 +246,7 @@ def test_a_network_of_this_package_and_torchvisions(tmp_path):
         model = trained(copy.deepcopy(base), "norm+output", steps=1)
         path = save_delta(model, tmp_path / "it.safetensors", base=BASE)
         assert torch.equal(load_delta(path, base)(X), model(X))
-        numbers = [t for t in moved(model).values()]
+        numbers = [t for t in trained_state(model).values()]
         room = path.stat().st_size - sum(t.numel()*t.element_size() for t in numbers)
         assert 0 < room < 200*len(numbers) + 1000 and counts(model).trainable["all"] == sum(p.numel() for p in trainable(model).values())
 
@@ -259,4 +259,4 @@ def test_the_file_is_plain_safetensors(tmp_path):
     again = Net()
     left = again.load_state_dict(safetensors.torch.load_file(path), strict=False)
     assert not left.unexpected_keys and torch.equal(again.eval()(X), model(X))
-    with warnings.catch_warnings(action="error"): assert read_sealed(path, "delta", lambda m: {n: (t.shape, t.dtype) for n, t in moved(model).items()})[1].keys() == moved(model).keys()
+    with warnings.catch_warnings(action="error"): assert read_sealed(path, "delta", lambda m: {n: (t.shape, t.dtype) for n, t in trained_state(model).items()})[1].keys() == trained_state(model).keys()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bnonly.models import create_model, roles
-from bnonly.policies import counts, dense, free, freeze, frozen, frozen_as, load_moved, moved, trainable, unfreeze
+from bnonly.policies import counts, effective_weights, trainable_mask, freeze, frozen, frozen_as, load_trained_state, trained_state, trainable, unfreeze
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -137,7 +137,7 @@ def test_parametrized_weights_and_tied_ones():
     for f in (parametrizations.weight_norm, parametrizations.spectral_norm):
         model = freeze(net(conv=f(nn.Conv2d(3, 8, 3))), "norm+output")
         assert counts(model).trainable["all"] == 16 + 45 and counts(model).total["all"] == sum(p.numel() for p in model.parameters())
-        assert dense(model).keys() == free(model).keys()
+        assert effective_weights(model).keys() == trainable_mask(model).keys()
         with pytest.raises(ValueError, match="need a plain weight, and '0' computes its own"): freeze(model, "random2")
 
 
@@ -167,13 +167,13 @@ def test_a_copy_is_unfrozen_without_the_model():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_random_entries_of_a_transposed_convolution(groups):
     model = nn.Sequential(nn.ConvTranspose2d(8, 4, 3, groups=groups), nn.Flatten(), nn.Linear(4*25, 2))
-    mask = free(freeze(model, "random2"))["0.weight"].unflatten(0, (groups, -1)).movedim(1, 2).flatten(0, 1)
+    mask = trainable_mask(freeze(model, "random2"))["0.weight"].unflatten(0, (groups, -1)).movedim(1, 2).flatten(0, 1)
     assert mask.flatten(1).sum(1).tolist() == [2]*4
 
 
 def test_random_entries_do_not_depend_on_a_wrapper():
     bare, wrapped = create_model("resnet8"), nn.DataParallel(create_model("resnet8"))
-    one, other = free(freeze(bare, "random2")), free(freeze(wrapped, "random2"))
+    one, other = trainable_mask(freeze(bare, "random2")), trainable_mask(freeze(wrapped, "random2"))
     assert all(torch.equal(m, other[f"module.{n}"]) for n, m in one.items())
 
 
@@ -247,8 +247,8 @@ def test_frozen_proves_it_and_puts_back():
 def test_another_number_of_classes_or_dtype_changes_nothing():
     model, other = (freeze(net(head=nn.Linear(8, n)), "norm+output") for n in (5, 6))
     before = copy.deepcopy(model.state_dict())
-    for tensors in (moved(other), {n: t.double() for n, t in moved(model).items()}, {n: t.numpy() for n, t in moved(model).items()}, dict.fromkeys(moved(model))):
-        with pytest.raises(ValueError, match="use the spec they were trained with"): load_moved(model, tensors)
+    for tensors in (trained_state(other), {n: t.double() for n, t in trained_state(model).items()}, {n: t.numpy() for n, t in trained_state(model).items()}, dict.fromkeys(trained_state(model))):
+        with pytest.raises(ValueError, match="use the spec they were trained with"): load_trained_state(model, tensors)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
@@ -314,21 +314,21 @@ def test_a_learner_stays_frozen_through_every_workflow(policy, optimizer, tmp_pa
     learn = learner_of(net(), tmp_path, wd=.1, **how)
     for name, work in WORKFLOWS.items():
         with frozen(learn, policy) as same, learn.no_bar(), learn.no_logging():
-            may, before, free_before = free(learn.model), dense(learn.model), [*trainable(learn.model)]
+            may, before, free_before = trainable_mask(learn.model), effective_weights(learn.model), [*trainable(learn.model)]
             work(learn)
-            after = dense(learn.model)
+            after = effective_weights(learn.model)
         assert same is learn and all(torch.equal(after[n] != b, may[n]) for n, b in before.items()), name
         assert free_before and len(trainable(learn.model)) == 6 and not hasattr(learn, "keep_frozen")
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
-    assert not any(torch.equal(t, after[n]) for n, t in dense(learn.model).items())   # free again
+    assert not any(torch.equal(t, after[n]) for n, t in effective_weights(learn.model).items())   # free again
 
 
 def test_frozen_lasts_where_it_is_called_without_with(tmp_path):
     learn = learner_of(net(), tmp_path)
     frozen(learn, "output")
-    before = dense(learn.model)
+    before = effective_weights(learn.model)
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(1)
-    assert {n for n, t in dense(learn.model).items() if not torch.equal(t, before[n])} == {"5.weight", "5.bias"}
+    assert {n for n, t in effective_weights(learn.model).items() if not torch.equal(t, before[n])} == {"5.weight", "5.bias"}
 
 
 def test_a_checkpoint_of_another_base_is_noticed(tmp_path):

@@ -21,7 +21,7 @@ from bnonly.data import describe, load_data, part
 from bnonly.distributed import check_batches
 from bnonly.experiment import Spec, run_dir
 from bnonly.logs import logger, quiet
-from bnonly.policies import moved
+from bnonly.policies import trained_state
 from bnonly.train import fit, learner
 from fastai.callback.core import Callback
 from test_train import Stop
@@ -313,7 +313,7 @@ def test_a_checkpoint_has_the_form_it_always_had():
     with pytest.raises(KeyboardInterrupt): fit(replace(TINY, policy="all"), cbs=Stop(1))
     metadata, tensors = read_state(run_dir(replace(TINY, policy="all"))/"checkpoint.safetensors")
     assert metadata.keys() == {"rows", "random", "data_digest", "dtype", "callbacks", "machines"}
-    names = set(moved(learner(replace(TINY, policy="all")).model))
+    names = set(trained_state(learner(replace(TINY, policy="all")).model))
     assert {n for n in tensors if n.startswith("moved/")} == {f"moved/{n}" for n in names}
     assert {n.partition("/")[0] for n in tensors} == {"moved", "momentum"}
     assert (
@@ -324,14 +324,14 @@ def test_a_checkpoint_has_the_form_it_always_had():
 def test_checkpoints_of_unfinished_runs_in_the_repository_can_be_read(monkeypatch):
     monkeypatch.delenv("BNONLY_RUNS")
     from bnonly.data import known_shape
-    from bnonly.policies import load_moved
+    from bnonly.policies import load_trained_state
     from bnonly.train import network
     from bnonly.experiment import root
     for file in root().glob("runs/*/*/checkpoint.safetensors"):
         metadata, tensors = read_state(file)
         arch, policy, data, *rest = file.parent.name.split(",")
         spec = Spec(arch=arch, policy=policy, data=data, **dict(o.split("=") for o in rest))
-        load_moved(network(spec, known_shape(data)), {n[6:]: t for n, t in tensors.items() if n.startswith("moved/")})
+        load_trained_state(network(spec, known_shape(data)), {n[6:]: t for n, t in tensors.items() if n.startswith("moved/")})
         assert metadata["rows"][-1]["epoch"] == len(metadata["rows"])
 
 

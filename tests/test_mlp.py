@@ -10,7 +10,7 @@ from bnonly.figures import drawn
 from bnonly.experiment import Spec, run_dir
 from bnonly.features import analyse, channels, restore
 from bnonly.models import create_model
-from bnonly.policies import counts, dense, free, freeze
+from bnonly.policies import counts, effective_weights, trainable_mask, freeze
 from bnonly.train import fit, hold_out
 from fastai.callback.core import Callback
 from test_train import Stop
@@ -58,7 +58,7 @@ def test_only_what_may_move_moves(arch, norm, policy):
     "Twenty steps with momentum 0.9 and decay 0.5: what is free has moved, everything else is the same bits."
     bn_init = "positive" if norm == "affine" else "symmetric"   # beta 1: no ReLU is silent from the start
     model = freeze(create_model(arch, in_channels=1, bn_init=bn_init, norm=norm, size=16), policy)
-    before, may, g = dense(model), free(model), torch.Generator().manual_seed(0)
+    before, may, g = effective_weights(model), trainable_mask(model), torch.Generator().manual_seed(0)
     x, opt = (
         torch.randn(8, 1, 16, 16, generator=g),
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=0.5),
@@ -67,7 +67,7 @@ def test_only_what_may_move_moves(arch, norm, policy):
         opt.zero_grad()
         F.cross_entropy(model(x), torch.arange(8)).backward()
         opt.step()
-    for name, after in dense(model).items():
+    for name, after in effective_weights(model).items():
         assert torch.equal(after != before[name], may[name]), name
 
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from bnonly.models import create_model
-from bnonly.policies import POLICIES, counts, dense, free, freeze, load_moved, moved, trainable
+from bnonly.policies import POLICIES, counts, effective_weights, trainable_mask, freeze, load_trained_state, trained_state, trainable
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,9 +23,9 @@ def train(model, steps=4):
 @pytest.mark.parametrize("arch", ["resnet14", "vgg11", "resnet18"])
 def test_only_what_may_move_moves(arch, policy):
     model = freeze(create_model(arch), policy)
-    before, may = dense(model), free(model)
+    before, may = effective_weights(model), trainable_mask(model)
     train(model)
-    for name, after in dense(model).items():
+    for name, after in effective_weights(model).items():
         assert torch.equal(after != before[name], may[name]), name
 
 
@@ -62,21 +62,21 @@ def test_beta_rests_in_every_normalization():
 def test_what_moved_and_the_seed_are_the_whole_network(policy):
     model = freeze(create_model("resnet14", seed=5), policy, seed=5)
     train(model, 3)
-    again = load_moved(freeze(create_model("resnet14", seed=5), policy, seed=5), moved(model))
+    again = load_trained_state(freeze(create_model("resnet14", seed=5), policy, seed=5), trained_state(model))
     x = torch.randn(4, 3, 32, 32)
     assert torch.equal(again.eval()(x), model.eval()(x))
 
 
 def test_another_policys_numbers_are_refused():
     with pytest.raises(ValueError, match="use the spec"):
-        load_moved(freeze(create_model("resnet14"), "bn"), moved(freeze(create_model("resnet14"), "output")))
+        load_trained_state(freeze(create_model("resnet14"), "bn"), trained_state(freeze(create_model("resnet14"), "output")))
 
 
 def test_random_entries_follow_the_seed():
-    masks = [free(freeze(create_model("resnet14"), "random2", seed=s))["conv1.weight"] for s in (0, 0, 1)]
+    masks = [trainable_mask(freeze(create_model("resnet14"), "random2", seed=s))["conv1.weight"] for s in (0, 0, 1)]
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
 
 
 def test_at_most_every_entry_of_a_filter():
     "3x3 filters on one channel have nine entries, fewer than random16 asks for."
-    assert free(freeze(create_model("resnet14", in_channels=1), "random16"))["conv1.weight"].all()
+    assert trainable_mask(freeze(create_model("resnet14", in_channels=1), "random16"))["conv1.weight"].all()

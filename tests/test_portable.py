@@ -11,7 +11,7 @@ import torch
 from bnonly import portable
 from bnonly.experiment import Spec, write
 from bnonly.models import build, create_model, roles
-from bnonly.policies import counts, dense, freeze, trainable
+from bnonly.policies import counts, effective_weights, freeze, trainable
 from bnonly.portable import LIMIT, load_portable, read, save_portable
 from bnonly.sealed import serialize
 from hostile import KINDS, metadata_lied
@@ -48,7 +48,7 @@ def test_logits_are_the_same_bits(policy, tmp_path):
         opt.step()
     again = load_portable(save_portable(model, tmp_path / "it.safetensors"))
     assert torch.equal(again(x), model.eval()(x))
-    assert all(torch.equal(t, dense(again)[n]) for n, t in dense(model).items())
+    assert all(torch.equal(t, effective_weights(again)[n]) for n, t in effective_weights(model).items())
 
 
 def test_other_features_are_refused_in_one_sentence(good, tmp_path, monkeypatch):
