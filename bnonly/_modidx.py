@@ -409,6 +409,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'bnonly.sweep._digest': ('sweep.html#_digest', 'bnonly/sweep.py'),
                               'bnonly.sweep._has': ('sweep.html#_has', 'bnonly/sweep.py'),
                               'bnonly.sweep._unpriced': ('sweep.html#_unpriced', 'bnonly/sweep.py'),
+                              'bnonly.sweep.after_hours': ('sweep.html#after_hours', 'bnonly/sweep.py'),
                               'bnonly.sweep.alike': ('sweep.html#alike', 'bnonly/sweep.py'),
                               'bnonly.sweep.by_processes': ('sweep.html#by_processes', 'bnonly/sweep.py'),
                               'bnonly.sweep.by_ray': ('sweep.html#by_ray', 'bnonly/sweep.py'),

@@ -63,6 +63,7 @@ def study(name: str,                     # a section of settings.ini, e.g. demo,
           retry_failed: bool = False,    # take up again what failed or diverged
           engine: str = "processes",     # processes (of this machine) or ray (a cluster, $RAY_ADDRESS)
           gpus_per_run: float = 0,       # with ray: GPUs for each run, e.g. 0.2
+          hours: float = 0,              # after which to stop; what comes first in the study is trained first
           dry_run: bool = False):        # list the runs that are missing and train nothing
     "Train what a study still lacks."
     from .features import analyse
@@ -82,10 +83,12 @@ def study(name: str,                     # a section of settings.ini, e.g. demo,
     if dry_run:
         return print("\n".join(s.key for s in todo))
     run = partial(run, gpus=gpus_per_run) if engine == "ray" else run
-    failed = sweep(name, specs, workers, after=analyse, say=line, run=run)
+    failed = sweep(name, specs, workers, after=analyse, say=line, run=run, hours=hours)
+    left = [s for s in missing(name, specs) if s.key not in failed]
     if todo:
-        trained = len(todo) - len(set(failed) & {s.key for s in todo})
-        line(f"{name}: {trained} runs trained, {len(failed)} failed", end=True)
+        trained = len(todo) - len(left) - len(set(failed) & {s.key for s in todo})
+        rest = f", {len(left)} left: the time is over, and the same command goes on" if left else ""
+        line(f"{name}: {trained} runs trained, {len(failed)} failed{rest}", end=True)
     tell_failures(name, failed, [s.key for s in specs if state(s, name) == "failed" and s.key not in failed])
 
 
@@ -199,7 +202,7 @@ def parse(argv: list) -> tuple[str, dict]:
     return command, {k: v for k, v in args.items() if k not in ("pdb", "xtra")}   # fastcore's own
 
 
-BETWEEN = dict(workers=(0, 10_000), gpus_per_run=(0, 1_000), rounds=(1, 10_000))   # least, most
+BETWEEN = dict(workers=(0, 10_000), gpus_per_run=(0, 1_000), hours=(0, 10_000), rounds=(1, 10_000))   # least, most
 
 
 def check(command: str, args: dict):

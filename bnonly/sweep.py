@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ENGINES', 'PRICED', 'TRAINING', 'FAMILIES', 'state', 'failure', 'missing', 'retry', 'select', 'cost', 'expected',
            'clock', 'run_cell', 'png', 'papermill', 'execute', 'keep', 'kept', 'unfinished', 'train_one', 'note',
-           'died', 'by_processes', 'by_ray', 'held', 'outcomes', 'sweep', 'Watch', 'epochs_done', 'Line', 'alike',
-           'steps', 'per_image', 'core_hours', 'price']
+           'died', 'by_processes', 'by_ray', 'after_hours', 'held', 'outcomes', 'sweep', 'Watch', 'epochs_done', 'Line',
+           'alike', 'steps', 'per_image', 'core_hours', 'price']
 
 # %% ../nbs/05_sweep.ipynb #0017abd7
 import ast, hashlib, json, linecache, os, platform, re, sys, threading, time, traceback, warnings
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, redirect_stdout
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -29,7 +29,7 @@ from .experiment import (BrokenRecord, Spec, choose, load_record, parse_arch, pr
                                write)
 from .logs import quiet
 from .runlock import LostLock, RunLock, locked, tidy
-from .workers import WorkerDied, in_processes, own_cores
+from .workers import WorkerDied, in_processes, never, own_cores
 
 # %% ../nbs/05_sweep.ipynb #ed760f0f
 def state(spec:Spec, study:str) -> str:   # complete, diverged, failed, broken or missing
@@ -218,13 +218,19 @@ def died(spec:Spec, study:str, error:WorkerDied) -> tuple:   # as `train_one`
     finally: lock.release()
 
 # %% ../nbs/05_sweep.ipynb #dab5c051
-def by_processes(todo:list, workers:int, task) -> Iterator:   # task: from a spec to what `train_one` returns
+def by_processes(todo:list, workers:int,
+                 task,                  # from a spec to what `train_one` returns
+                 over:Callable=never    # asked about once a second whether to stop
+                ) -> Iterator:
     "Results of a task over specs, as they come, from processes of this machine; where one died, 'died' and how."
-    for spec,told in in_processes(task, todo, workers, spoilt=lambda told: told[1] == "failed"):
+    for spec,told in in_processes(task, todo, workers, spoilt=lambda told: told[1] == "failed", over=over):
         yield (spec, "died", told) if isinstance(told, WorkerDied) else told
 
 # %% ../nbs/05_sweep.ipynb #ecdec12d
-def by_ray(todo:list, workers:int, task, gpus:float=0) -> Iterator:   # gpus: for each run, a fraction where several share one
+def by_ray(todo:list, workers:int, task,
+           gpus:float=0,          # for each run, a fraction where several share one
+           over:Callable=never    # as for `by_processes`
+          ) -> Iterator:
     "Results of a task over specs, as they come, from a Ray cluster."
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -242,16 +248,23 @@ def by_ray(todo:list, workers:int, task, gpus:float=0) -> Iterator:   # gpus: fo
                    runtime_env=dict(env_vars=env | dict(BNONLY_RUNS=str(runs_dir().resolve()))))
     start = ray.remote(lambda s: task(s)).options(**options).remote
     waiting = {start(s): s for s in todo}
-    while waiting:
-        (ready,), _ = ray.wait([*waiting])
-        spec = waiting.pop(ready)
-        try: told = ray.get(ready)
-        except NodeDiedError: waiting[start(spec)] = spec; continue
-        except (WorkerCrashedError, OutOfMemoryError) as e:
-            told = spec, "died", WorkerDied(f"its process died, and Ray raised {type(e).__name__}", str(e))
-        yield told
+    while waiting and not over():
+        for ready in ray.wait([*waiting], timeout=1)[0]:
+            spec = waiting.pop(ready)
+            try: told = ray.get(ready)
+            except NodeDiedError: waiting[start(spec)] = spec; continue
+            except (WorkerCrashedError, OutOfMemoryError) as e:
+                told = spec, "died", WorkerDied(f"its process died, and Ray raised {type(e).__name__}", str(e))
+            yield told
+    for left in waiting: ray.cancel(left, force=True)
 
 ENGINES = dict(processes=by_processes, ray=by_ray)   # name to what `sweep` takes as run
+
+# %% ../nbs/05_sweep.ipynb #865e6cda
+def after_hours(hours:float) -> Callable:   # gives False, and True from then on
+    "A question whose answer changes when some hours have passed from now."
+    end = time.monotonic() + 3600*hours
+    return lambda: time.monotonic() >= end
 
 # %% ../nbs/05_sweep.ipynb #a86f03c7
 def held(spec:Spec, study:str) -> bool:
@@ -261,11 +274,12 @@ def held(spec:Spec, study:str) -> bool:
 
 def outcomes(study:str, todo:list,
              run,                      # an engine that has its workers and its task
-             say, pause:float          # of `sweep`
+             say, pause:float,         # of `sweep`
+             over:Callable=never       # whether to stop
             ) -> Iterator:             # of what `train_one` returns
     "What became of each run in the end: 'done' or 'failed', with a traceback."
     tried = set()
-    while todo:
+    while todo and not over():
         taken, again = {s for s in todo if held(s, study)}, []
         with closing(run([s for s in todo if s not in taken])) as results:
             for spec,how,told in results:
@@ -277,7 +291,7 @@ def outcomes(study:str, todo:list,
                 if how == "died": spec, how, told = died(spec, study, told)
                 if how == "taken": taken.add(spec)
                 else: yield spec, how, told
-        if taken and not again: time.sleep(pause)
+        if taken and not again and not over(): time.sleep(pause)
         todo = again + [s for s in todo if s in taken]
 
 # %% ../nbs/05_sweep.ipynb #e02008fe
@@ -287,9 +301,10 @@ def sweep(study:str,                      # a section of settings.ini, or a fold
           after=None,                     # called with the spec and the study after each run, in its process
           say=print,                      # called with each line of progress
           run=by_processes,               # the engine
-          pause:float=5                   # seconds between lines, and between looks at runs that others train
+          pause:float=5,                  # seconds between lines, and between looks at runs that others train
+          hours:float=0                   # after which it stops; 0 is no limit
          ) -> dict:                       # key to traceback, for the runs that failed
-    "Train the missing runs of a study."
+    "Train the missing runs of a study, in its order."
     specs, cores = preset(study) if specs is None else specs, own_cores()
     for s in specs: tidy(run_dir(s, study))
     failed = {s.key: _broken(s, study) for s in specs if state(s, study) == "broken"}
@@ -297,7 +312,9 @@ def sweep(study:str,                      # a section of settings.ini, or a fold
     told = re.match(r"\s*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))   # OpenMP knows '4,2' as well: the first counts
     threads = int(told[1]) if told else max(1, cores//min(workers, max(1, len(todo))))
     task = partial(train_one, study=study, threads=threads, after=after)
-    ended = outcomes(study, todo, lambda free: run(free, workers, task), say, pause)
+    over = after_hours(hours) if hours else never
+    if hours: run = partial(run, over=over)
+    ended = outcomes(study, todo, lambda free: run(free, workers, task), say, pause, over)
     with Watch(study, todo, min(workers, len(todo)), say, pause) as watch, closing(ended):
         for spec,how,trace in ended:
             if how == "failed": failed[spec.key] = trace
