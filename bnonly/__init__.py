@@ -21,6 +21,7 @@ Modules:
 - `bnonly.readme`: The parts of the README and the index that follow from other files: `python -m bnonly.readme` writes them.
 - `bnonly.runlock`: The run lock: one process at a time works in the folder of a run; one that lost its lock writes nothing more there.
 - `bnonly.shapes`: The shapes of the networks, said once: blocks and channels of each stage, and how many numbers that makes.
+- `bnonly.sweep`: Many runs: what a study still lacks, and training it in spite of everything.
 - `bnonly.tiny_imagenet`: Tiny ImageNet: 200 classes of ImageNet at 64x64 pixels, 500 images of each to train on and 50 to test on.
 - `bnonly.trace`: What the forward pass of anybody's model tells of its layers, without running a hook or changing the model or a random state.
 - `bnonly.trackers`: Watching a run in TensorBoard or Weights & Biases, as $BNONLY_TRACK asks for it."""

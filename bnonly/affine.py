@@ -22,7 +22,7 @@ from .accuracy import ALL, BN, SERIES, family, gaps, images, panels, papers_reci
 from .experiment import Spec, parse_arch, summary
 from .features import SILENT, THRESHOLDS
 from .figures import SPREAD, WIDTH, corner, empty, footnote, legend, styled
-from .sweep import TRAINING
+from .prices import TRAINING
 
 # %% ../nbs/08_affine.ipynb #cc20bab2
 PAIR = "all", "bn"   # the two policies of these figures

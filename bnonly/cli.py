@@ -62,11 +62,13 @@ def study(name: str,                     # a section of settings.ini, e.g. demo,
           retry_failed: bool = False,    # take up again what failed or diverged
           engine: str = "processes",     # processes (of this machine) or ray (a cluster, $RAY_ADDRESS)
           gpus_per_run: float = 0,       # with ray: GPUs for each run, e.g. 0.2
+          hours: float = 0,              # after which to stop; what comes first in the study is trained first
           dry_run: bool = False):        # list the runs that are missing and train nothing
     "Train what a study still lacks."
     from .experiment import choose, preset, results
     from .features import analyse
-    from .sweep import ENGINES, Line, clock, expected, missing, own_cores, retry, select, state, sweep
+    from .pace import Line, clock, expected
+    from .sweep import ENGINES, missing, own_cores, retry, select, state, sweep
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"study {name} cannot train each run on several processes; "
                          f"name one run: accelerate launch bnonly train --study {name}.")
@@ -82,10 +84,12 @@ def study(name: str,                     # a section of settings.ini, e.g. demo,
     if dry_run:
         return print("\n".join(s.key for s in todo))
     run = partial(run, gpus=gpus_per_run) if engine == "ray" else run
-    failed = sweep(name, specs, workers, after=analyse, say=line, run=run)
+    failed = sweep(name, specs, workers, after=analyse, say=line, run=run, hours=hours)
+    left = [s for s in missing(name, specs) if s.key not in failed]
     if todo:
-        trained = len(todo) - len(set(failed) & {s.key for s in todo})
-        line(f"{name}: {trained} runs trained, {len(failed)} failed", end=True)
+        trained = len(todo) - len(left) - len(set(failed) & {s.key for s in todo})
+        rest = f", {len(left)} left: the time is over, and the same command goes on" if left else ""
+        line(f"{name}: {trained} runs trained, {len(failed)} failed{rest}", end=True)
     tell_failures(name, failed, [s.key for s in specs if state(s, name) == "failed" and s.key not in failed])
 
 
@@ -103,7 +107,7 @@ def tell_failures(study: str, failed: dict, before: list):
 def figures(name: str):   # a section of settings.ini, e.g. demo, short, paper
     "Draw every figure of a study."
     from .report import figures
-    from .sweep import Line
+    from .pace import Line
     line = Line()
     line(f"{name}: the figures are in {figures(name, line)}", end=True)
 
@@ -127,7 +131,7 @@ def claims(name: str,             # a section of settings.ini, e.g. demo, short,
 def report(name: str):   # a section of settings.ini, e.g. demo, short, paper
     "Draw a study's figures and write its report."
     from .report import report
-    from .sweep import Line
+    from .pace import Line
     line = Line()
     line(f"{name}: the report is at {report(name, line)}", end=True)
 
@@ -136,7 +140,7 @@ def explore(port: int = 8866):   # of the page on this machine
     "Turn a run over in a browser."
     from .explore import serve
     from .features import analyse_study
-    from .sweep import Line
+    from .pace import Line
     try:
         analyse_study("scratch", Line())   # a study analyses its runs; those that were trained one by one wait for this
     except (OSError, ValueError, RuntimeError) as e:
@@ -202,7 +206,7 @@ def parse(argv: list) -> tuple[str, dict]:
     return command, {k: v for k, v in args.items() if k not in ("pdb", "xtra")}   # fastcore's own
 
 
-BETWEEN = dict(workers=(0, 10_000), gpus_per_run=(0, 1_000), rounds=(1, 10_000))   # least, most
+BETWEEN = dict(workers=(0, 10_000), gpus_per_run=(0, 1_000), hours=(0, 10_000), rounds=(1, 10_000))   # least, most
 
 
 def check(command: str, args: dict):

@@ -117,13 +117,19 @@ def ending(code: int) -> str:
     return f"its process was ended by {name}{', as the system does when memory runs out' if name == 'SIGKILL' else ''}"
 
 
-def in_processes(call, items, workers: int, spoilt=lambda result: False, life: float = LIFE):
+def never() -> bool:
+    "Nothing stops the calls but their end."
+    return False
+
+
+def in_processes(call, items, workers: int, spoilt=lambda result: False, life: float = LIFE, over=never):
     """Yield each item with what `call(item)` returned, as they come, from so many worker processes.
 
     A process that dies costs its own call alone: a `WorkerDied` stands for the result, and another process takes over.
     An exception that `call` lets through ends its process too. What a call has written to its standard error is passed
     on when it returns, or stands in the `WorkerDied`. A worker is replaced after a result that is `spoilt`, and between
-    two calls after `life` seconds.
+    two calls after `life` seconds. When `over()` is true, which is asked about once a second, no more calls are made,
+    and those in progress are given up: their processes are killed.
     """
     items, pool = deque(items), []
     workers = min(workers, len(items))
@@ -133,7 +139,7 @@ def in_processes(call, items, workers: int, spoilt=lambda result: False, life: f
         pool[-1].send(call, items.popleft())
     try:
         for _ in range(workers): next_call()
-        while pool:
+        while pool and not over():
             wait([w.connection for w in pool], timeout=1)   # in vain where a child of a dead worker keeps its end open
             for worker in [w for w in pool if w.over()]:
                 item, result = worker.item, worker.result()

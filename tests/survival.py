@@ -13,7 +13,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"   # a forked process must not inherit threads
 import torch
 from bnonly.experiment import Spec, load_record, run_dir, write
-from bnonly.sweep import kept, papermill, train_one
+from bnonly.execution import kept, papermill
+from bnonly.sweep import train_one
 from bnonly.machine import machine
 from bnonly.train import learner
 

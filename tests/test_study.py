@@ -155,7 +155,7 @@ def test_a_mistake_ends_in_one_sentence(args, answer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("args,answer", [(["train", "--study", "../outside"], "the nearest is 'outside'"), (["train", "--study", ""], "is not a name of letters"),
                                          (["claims", ""], "is not a name of letters"), (["figures", "demo"], "no finished run"),
                                          (["study", "demo", "--workers", "-3", "--dry-run"], "--workers -3 .* between 0 and 10000"),
-                                         (["study", "demo", "--gpus-per-run", "-1"], "--gpus-per-run -1.0 "), (["bench", "--rounds", "0"], "--rounds 0 "),
+                                         (["study", "demo", "--gpus-per-run", "-1"], "--gpus-per-run -1.0 "), (["study", "demo", "--hours", "nan"], "--hours nan "), (["bench", "--rounds", "0"], "--rounds 0 "),
                                          (["study", "demo", "--engine", "rya", "--dry-run"], "the nearest is 'ray'"),
                                          (["study", "demo", "--engine", "joblib"], "is not one of processes, ray")])
 def test_what_nothing_can_be_done_with_is_refused(args, answer):

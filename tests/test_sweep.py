@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from bnonly import experiment
 from bnonly.experiment import Spec, load_record, records, results, run_dir
-from bnonly.sweep import by_processes, by_ray, failure, kept, missing, passed_on, retry, state, sweep, unfinished
+from bnonly.execution import kept
+from bnonly.pace import epochs_done
+from bnonly.sweep import by_processes, by_ray, failure, missing, passed_on, retry, state, sweep, unfinished
 from bnonly.train import fit
 from bnonly.workers import in_processes
 from test_train import Stop
@@ -182,6 +184,35 @@ def test_what_failed_or_diverged_is_taken_up_again():
     assert missing("scratch", [TINY, wild]) == [TINY, wild]
     assert sweep("scratch", [TINY, wild], say=quiet, run=here) == {}
     assert (run_dir(wild) / "diverged.json").exists() and load_record(run_dir(TINY))["status"] == "complete"
+
+
+def test_a_sweep_whose_time_is_over_keeps_what_was_trained_and_goes_on(monkeypatch):
+    "The first run of the study is complete, the second has its checkpoint, the third was not begun."
+    first, last = TINY, Spec(arch="resnet8", epochs=2, seed=1)
+    long = Spec(arch="resnet8", epochs=10_000)
+    monkeypatch.setattr("bnonly.sweep.after_hours", lambda hours: lambda: epochs_done(long, "timed") >= 2)
+    assert sweep("timed", [first, long, last], 1, say=quiet, hours=.5) == {}
+    assert missing("timed", [first, long, last]) == [long, last] and not run_dir(last, "timed").exists()
+    assert (run_dir(long, "timed") / "checkpoint.safetensors").exists()
+    monkeypatch.setattr("bnonly.sweep.after_hours", lambda hours: lambda: True)
+    assert sweep("timed", [long, last], 1, say=quiet, hours=.5) == {} and missing("timed", [long, last]) == [long, last]
+    metrics = run_dir(long, "timed") / "metrics.csv"
+    before = metrics.read_text().splitlines()
+    with pytest.raises(KeyboardInterrupt): fit(long, "timed", cbs=[Stop(len(before))])   # an epoch more than are written down
+    after = metrics.read_text().splitlines()
+    assert len(after) == len(before) + 1
+    assert after[:2] == before[:2]   # the first epoch and its seconds: it was not trained again
+
+
+def test_hours_are_those_of_the_clock(monkeypatch):
+    now = [100.]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    over = after_hours(.5)
+    assert not over()
+    now[0] += 1799
+    assert not over()
+    now[0] += 1
+    assert over()
 
 
 VICTIM, OTHERS = Spec(arch="resnet8", epochs=300), [Spec(arch="resnet8", epochs=2, seed=s) for s in range(3)]

@@ -70,7 +70,7 @@ def test_a_run_and_its_report_without_a_checkout(bare, away):
 
 def test_the_settings_of_the_wheel_name_its_studies(bare, away):
     "In one process: the package is the wheel's, and its studies, claims and prices are found."
-    code = ("import bnonly; from bnonly.cli import main; from bnonly.sweep import price; print(bnonly.__file__);"
+    code = ("import bnonly; from bnonly.cli import main; from bnonly.prices import price; print(bnonly.__file__);"
             "main(['study', 'demo', '--dry-run']); main(['claims', 'scratch']); print(len(price('short')))")
     said = run(bare, away, "-c", code)
     assert said.startswith(str(bare)) and "demo: 59 of 59 runs to train" in said and " on digits, 1 epoch" in said

@@ -47,6 +47,17 @@ def test_each_item_is_called_once_in_as_many_processes_as_asked():
     assert list(in_processes(pid, [], 3)) == []
 
 
+def test_when_it_is_over_no_more_calls_are_made_and_those_in_progress_end(tmp_path):
+    "The second call never ends by itself, and the third is not made."
+    def call(n):
+        (tmp_path / str(n)).write_text(str(os.getpid()))
+        while n: time.sleep(1)
+    over = lambda: (tmp_path / "1").exists() and (tmp_path / "1").stat().st_size > 0
+    assert list(in_processes(call, range(3), 1, over=over)) == [(0, None)]
+    assert gone(int((tmp_path / "1").read_text())) and not (tmp_path / "2").exists()
+    assert list(in_processes(call, range(3), 1, over=lambda: True)) == []
+
+
 @pytest.mark.parametrize("end,how,said", [
     (os.abort, "was ended by SIGABRT", "line .* in end_itself"),
     (lambda: os.kill(os.getpid(), 9), "was ended by SIGKILL, as the system does when memory runs out", "^$"),
