@@ -17,7 +17,8 @@ from bnonly import experiment
 from bnonly.experiment import Spec, load_record, records, results, run_dir
 from bnonly.execution import kept
 from bnonly.pace import epochs_done
-from bnonly.sweep import by_processes, by_ray, failure, missing, passed_on, retry, state, sweep, unfinished
+from bnonly.sweep import (after_hours, by_processes, by_ray, failure, missing, passed_on, retry, state, sweep,
+                          unfinished)
 from bnonly.train import fit
 from bnonly.workers import in_processes
 from test_train import Stop
