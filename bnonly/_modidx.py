@@ -150,7 +150,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'bnonly.data.normalize': ('data.html#normalize', 'bnonly/data.py'),
                              'bnonly.data.own_part': ('data.html#own_part', 'bnonly/data.py'),
                              'bnonly.data.padded': ('data.html#padded', 'bnonly/data.py'),
-                             'bnonly.data.part': ('data.html#part', 'bnonly/data.py'),
                              'bnonly.data.read_once': ('data.html#read_once', 'bnonly/data.py'),
                              'bnonly.data.split': ('data.html#split', 'bnonly/data.py'),
                              'bnonly.data.svhn': ('data.html#svhn', 'bnonly/data.py'),

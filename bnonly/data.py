@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CIFAR10_SIZE', 'TINY_SIZE', 'LOADERS', 'SHAPES', 'Images', 'fault', 'Data', 'mismatch', 'digest', 'moments', 'split',
-           'digits', 'describe', 'part', 'draws', 'crop', 'affine', 'normalize', 'padded', 'own_part', 'Batches',
-           'data_dir', 'from_cache', 'read_once', 'cifar10', 'beside', 'cifar10_1', 'cifar10_c', 'mnist', 'svhn',
-           'tiny_imagenet', 'imagenet', 'FileBatches', 'known_shape', 'load_data', 'loaders']
+           'digits', 'describe', 'draws', 'crop', 'affine', 'normalize', 'padded', 'own_part', 'Batches', 'data_dir',
+           'from_cache', 'read_once', 'cifar10', 'beside', 'cifar10_1', 'cifar10_c', 'mnist', 'svhn', 'tiny_imagenet',
+           'imagenet', 'FileBatches', 'known_shape', 'load_data', 'loaders']
 
 # %% ../nbs/01_data.ipynb #46944e3a
 import hashlib, os, warnings
@@ -166,13 +166,6 @@ def describe(name:str, label:str, train:Images, test:Images, classes:Iterable[st
     return Data(name, label, train, test, tuple(classes), tuple(mean), tuple(std),
                 digest=digest(train, test), **augmentation)
 
-# %% ../nbs/01_data.ipynb #cb53ea2f
-def part(images:"Images|Files", i:Tensor   # int64 [n], which of them
-        ) -> "Images|Files":
-    "Some images of a split."
-    x = dict(x=images.x[i]) if isinstance(images, Images) else dict(paths=tuple(images.paths[j] for j in i))
-    return replace(images, y=images.y[i], **x)
-
 # %% ../nbs/01_data.ipynb #635a26ed
 def draws(n:int,        # images
           pad:int,      # pixels; corners are drawn from 0 to 2*pad
@@ -231,6 +224,7 @@ def own_part(batch:Tensor,    # [B, ...]
 # %% ../nbs/01_data.ipynb #d0685200
 class Batches(Loader):
     "Batches of one split, made on the device where the images are."
+    in_memory = Images
     def __init__(self,
                  images:Images,
                  data:Data,                          # says how to augment and normalize
@@ -392,6 +386,7 @@ def imagenet(folder:Path) -> Data:
 # %% ../nbs/01_data.ipynb #d9e2eafd
 class FileBatches(Loader):
     "Batches of one split that stays on disk; iterates as `Batches` does."
+    in_memory = Images
     def __init__(self, images:Files, data:Data, batch_size:int, train:bool=False, seed:int=0,
                  device:torch.device|str="cpu", share:tuple=(0, 1),
                  workers:int|None=None):   # processes that decode; by default as many as there are cores for each

@@ -392,6 +392,7 @@ def presets() -> list[str]:
     "The names of all studies."
     return _settings().sections()
 
+# %% ../nbs/00_experiment.ipynb #7c28e17b
 def preset(name:str,                # a section of settings.ini, or a folder of runs that were trained one by one
            file:Path|None=None      # settings.ini elsewhere
           ) -> list[Spec]:          # every run of the study once, seeds outermost

@@ -2,11 +2,12 @@
 import copy
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-__all__ = ["Loader", "Pairs"]
+__all__ = ["Loader", "Pairs", "part"]
 
 
 class Pairs:
@@ -19,12 +20,17 @@ class Pairs:
     def iloc(self): return self   # by which fastai takes several at once
 
     def __getitem__(self, i):   # a number, or several
-        from .data import part
         return Pairs(part(self.images, torch.as_tensor(i).reshape(-1)))
 
 
+def part(images, i: torch.Tensor):   # i: int64 [n], which of them
+    "Some images of a split, in memory or on disk, as a split of their own."
+    of = dict(paths=tuple(images.paths[j] for j in i)) if hasattr(images, "paths") else dict(x=images.x[i])
+    return replace(images, y=images.y[i], **of)
+
+
 def as_image(item, shape: tuple) -> torch.Tensor:
-    "An image [H, W, C] in bytes from a path, an image of PIL's, an array or a tensor; `ValueError` where its shape is another."
+    "An image [H, W, C] in bytes from a path, PIL's image, an array or a tensor; `ValueError` for another shape."
     from PIL import Image
     from .photos import open_image
     if isinstance(item, (str, os.PathLike)): item = open_image(item, item)
@@ -40,8 +46,9 @@ def as_image(item, shape: tuple) -> torch.Tensor:
 class Loader:
     """Base of loaders of images in batches.
 
-    A subclass has `images`, `data` (None once it was emptied for `export`), `batch_size`, `train`, `share`, `affine`,
-    `device` and `epoch`, and yields (x float32 [B, C, H, W], y int64 [B])."""
+    A subclass has `in_memory` (the class of a split in memory), `images`, `data` (None once it was emptied for
+    `export`), `batch_size`, `train`, `share`, `affine`, `device` and `epoch`, and yields (x float32 [B, C, H, W], y
+    int64 [B])."""
     drop_last = False
     join = False   # whether a last batch of a single image joins the one before it
     n_inp = 1      # of what a batch holds, the images are what goes in
@@ -71,10 +78,10 @@ class Loader:
 
     def unlabelled(self, items):
         "Images of a reader's own: paths and, where the images are in memory, images of PIL's, arrays or tensors."
-        from .data import Files, Images
+        from .photos import Files
         y = torch.zeros(len(items), dtype=torch.int64)
         if not self.shape: return Files(tuple(map(os.fspath, items)), y)
-        return Images(torch.stack([as_image(o, self.shape) for o in items]), y).to(self.device)
+        return self.in_memory(torch.stack([as_image(o, self.shape) for o in items]), y).to(self.device)
 
     def to(self, device):
         "Move what makes the batches."

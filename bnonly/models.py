@@ -414,6 +414,7 @@ def output_layer(model:nn.Module) -> nn.Linear:
     if not found: raise ValueError(f"{type(model).__name__} has no linear layer, so its output layer cannot be told.")
     return found[-1]
 
+# %% ../nbs/02_models.ipynb #700d98d6
 def ends(model:nn.Module,
          output:str|tuple|None=None   # names of the output's modules, where they cannot be told
         ) -> tuple:                   # (modules of the output, modules on shortcuts), two sets

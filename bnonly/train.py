@@ -31,10 +31,11 @@ with warnings.catch_warnings():
 
 # %% ../nbs/04_train.ipynb #c8854300
 from .checkpoint import Checkpointer, callback_names, finish, load_state, parts, read_state
-from .data import known_shape, load_data, loaders, part
+from .data import known_shape, load_data, loaders
 from .distributed import Parallel, broadcast, check_batches, own_share
 from .experiment import Spec, load_record, parse_arch, run_dir
 from .layers import prepare_layers
+from .loading import part
 from .logs import logger
 from .machine import default_device
 from .models import BiasAct, FixupConv, create_model, generator

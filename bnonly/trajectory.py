@@ -8,7 +8,8 @@ from fastai.callback.core import Callback
 from fastai.torch_core import rank_distrib
 
 from .checkpoint import attempt
-from .data import loaders, part
+from .data import loaders
+from .loading import part
 from .distributed import unwrap
 from .experiment import parse_policy, write
 from .norms import affine_table, zero_rates

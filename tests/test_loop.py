@@ -17,9 +17,10 @@ import pytest
 import torch
 from bnonly import checkpoint
 from bnonly.checkpoint import digest, read_state
-from bnonly.data import describe, load_data, part
+from bnonly.data import describe, load_data
 from bnonly.distributed import check_batches
 from bnonly.experiment import Spec, run_dir
+from bnonly.loading import part
 from bnonly.logs import logger, quiet
 from bnonly.policies import trained_state
 from bnonly.train import fit, learner
