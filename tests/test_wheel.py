@@ -21,7 +21,8 @@ def bare(tmp_path_factory):
     source, bare = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("bare")
     for name in ("bnonly", "nbs", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "settings.ini", *(f"runs/bench/{f.name}" for f in (ROOT / "runs/bench").glob("*.json"))):
+    measured = [f"runs/bench/{f.name}" for f in (ROOT / "runs/bench").glob("*.json")]
+    for name in ("pyproject.toml", "README.md", "LICENSE", "settings.ini", *measured):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     how = "--quiet --no-index --no-build-isolation --no-deps --no-compile --disable-pip-version-check".split()
@@ -63,7 +64,8 @@ def test_a_run_and_its_report_without_a_checkout(bare, away):
     assert record["status"] == "complete" and record["machine"]["commit"] is None and "accuracy" in said
     run(bare, away, command, "report", "scratch")
     folder = away / "runs/scratch/report"
-    assert {f"{Path(n).stem}.html" for n in NOTEBOOKS - {"index.ipynb"}} | {"index.html", "claims.html", "settings.html"} <= files(folder)
+    pages = {Path(n).stem for n in NOTEBOOKS} | {"claims", "runs", "settings"}
+    assert {f"{name}.html" for name in pages} <= files(folder)
     assert (folder / "figures/fig02.svg").exists() and "trained one by one" in (folder / "settings.html").read_text()
     assert [f.name for f in away.iterdir()] == ["runs"] and files(bare) == before
 
