@@ -26,7 +26,7 @@ Modules:
 - `bnonly.trace`: What the forward pass of anybody's model tells of its layers, without running a hook or changing the model or a random state.
 - `bnonly.trackers`: Watching a run in TensorBoard or Weights & Biases, as $BNONLY_TRACK asks for it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = dict(   # module to the names that can be imported from here; a module is read when one of its names is wanted
     experiment=["Spec", "results"], features=["restore"], models=["create_model", "roles"],
