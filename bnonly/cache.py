@@ -1,8 +1,8 @@
 """Images that were decoded once, kept as one file of tensors which is mapped into memory at the next start.
 
 Processes that read the same file share the memory it takes. The file lies beside the data, or in the folder of caches
-where the data may not be written to; there its name holds a digest of the data's folder, because another folder may hold
-other pixels under the same name."""
+where the data may not be written to; there its name holds a digest of the data's folder, because another folder may
+hold other pixels under the same name."""
 import hashlib
 import json
 import os
@@ -51,7 +51,8 @@ def save_cache(tensors: dict, about: dict, source: Path, before: str, name: str)
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as tmp:
                 save_file(tensors, f"{tmp}/{file.name}", dict(about=json.dumps(about), seal=seal(about)))
-                with suppress(OSError): os.chmod(f"{tmp}/{file.name}", 0o644)   # there are file systems without permissions
+                # there are file systems without permissions
+                with suppress(OSError): os.chmod(f"{tmp}/{file.name}", 0o644)
                 os.replace(f"{tmp}/{file.name}", file)
             return file
         except (OSError, SafetensorError): pass

@@ -18,7 +18,8 @@ from .policies import freeze, frozen_as, frozen_tensors, load_trained_state, tra
 from .sealed import check_fields, digest, read_metadata, read_sealed, serialize, whole_number
 from .trace import core
 
-__all__ = ["FORMAT", "Shelf", "about", "check_base", "load_delta", "merge", "metadata_of", "read_delta", "save_delta", "unwrapped"]
+__all__ = ["FORMAT", "Shelf", "about", "check_base", "load_delta", "merge", "metadata_of", "read_delta",
+           "save_delta", "unwrapped"]
 
 FORMAT = "bnonly-delta-1"
 FIELDS = "format", "base", "frozen", "policy", "entries", "output", "statistics", "versions", "digest"
@@ -170,7 +171,8 @@ class Shelf:
         numbers = self.deltas[choose("delta", name, self.deltas)]
         if frozen_as(self.model) != self.how:
             raise ValueError("the model was frozen otherwise after its first delta was read; make another Shelf of it.")
-        with torch.no_grad(): torch._foreach_copy_([getattr(m, kind) for m, kind in self.places], numbers)
+        with torch.no_grad():
+            for (m, kind), t in zip(self.places, numbers): getattr(m, kind).copy_(t)
         return self.model
 
     __getitem__ = use

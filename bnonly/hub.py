@@ -115,7 +115,7 @@ def push_delta(model: nn.Module,   # trained after `freeze`
                private: bool | None = None,
                token: str | None = None   # default: of `hf auth login`
                ) -> str:           # the address of the commit
-    "Save a delta, with a card, to a repository on the Hub, which is made where there is none; errors as of `save_delta`."
+    "Save a delta, with a card, to a repository on the Hub, made where there is none; errors as of `save_delta`."
     hub = _hub()
     api = hub.HfApi(endpoint=_endpoint(), token=token)
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +137,8 @@ def pull_delta(repo: str,
     try:
         found = hub.get_hf_file_metadata(hub.hf_hub_url(repo, FILE, **at), token=token, endpoint=_endpoint())
         if not 0 < (found.size or 0) <= LARGEST:
-            raise ValueError(f"the {FILE} of {repo} has {found.size or 0:,} bytes, and at most {LARGEST:,} are fetched.")
+            raise ValueError(f"the {FILE} of {repo} has {found.size or 0:,} bytes, "
+                             f"and at most {LARGEST:,} are fetched.")
         at["revision"] = found.commit_hash or revision
         path = Path(hub.hf_hub_download(repo, FILE, token=token, cache_dir=cache_dir, **at))
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError, hub.errors.EntryNotFoundError):

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 # %% ../nbs/03_policies.ipynb #8d74ee28
 from .experiment import choose, parse_policy
 from .models import ROLES, ends, generator, is_own, roles
-from .trace import core, normalization, place, refuse_hidden
+from .trace import CONVOLUTIONS, core, normalization, place, refuse_hidden
 
 # %% ../nbs/03_policies.ipynb #e152f2e2
 class RandomEntries(nn.Module):
@@ -48,7 +48,9 @@ def choose_entries(token:str,       # 'random' (k in each output channel) or 'sc
     out, fan_in = shape[0], torch.Size(shape[1:]).numel()
     k = min(k, fan_in)
     if token == "scattered": index = rng.permutation(out*fan_in)[:k*out]
-    else: index = (rng.random_sample((out, fan_in)).argsort(1)[:, :k] + fan_in*torch.arange(out)[:, None].numpy()).ravel()
+    else:
+        first = fan_in*torch.arange(out)[:, None].numpy()   # position of each output channel
+        index = (rng.random_sample((out, fan_in)).argsort(1)[:, :k] + first).ravel()
     return torch.from_numpy(index).sort().values
 
 # %% ../nbs/03_policies.ipynb #b4e056bb
@@ -56,7 +58,8 @@ def positions(m) -> torch.Tensor:   # int64 [output channels, entries of each]
     "Where in the flattened weight of a layer the entries of each output channel are."
     at = torch.arange(m.weight.numel()).view(m.weight.shape)
     if not getattr(m, "transposed", False): return at.flatten(1)
-    return at.unflatten(0, (m.groups, -1)).movedim(2, 1).flatten(3).flatten(0, 1).flatten(1)   # its weight: input channels first
+    by_group = at.unflatten(0, (m.groups, -1))   # a transposed layer's weight has its input channels first
+    return by_group.movedim(2, 1).flatten(3).flatten(0, 1).flatten(1)
 
 # %% ../nbs/03_policies.ipynb #590e588e
 POLICIES = {"all": "all parameters", "all-affine": "all but gamma and beta, which rest at 1 and 0",
@@ -64,7 +67,8 @@ POLICIES = {"all": "all parameters", "all-affine": "all but gamma and beta, whic
             "bn": "gamma and beta", "norm": "gamma and beta of any kind of normalization",
             "bn+output": "gamma, beta and the output layer", "output": "the output layer",
             "random2": "two random entries a channel of each convolution",
-            "random2+output": "those and the output layer", "shortcut+output": "convolutions on shortcuts and the output layer",
+            "random2+output": "those and the output layer",
+            "shortcut+output": "convolutions on shortcuts and the output layer",
             "bn+shortcut+output": "gamma, beta, shortcut convolutions, output layer", "none": "nothing",
             "gamma": "gamma, while beta rests at 0", "all-beta": "all but beta, which rests at 0"}
 
@@ -82,9 +86,9 @@ def freeze(model:nn.Module,            # from `create_model`, or any other
            policy:str,                 # e.g. 'bn', 'bn+output', 'random2', 'all', 'norm'
            seed:int=0,                 # of the random entries
            output:str|tuple|None=None, # the output's module, where it cannot be told
-           statistics:str="batch"      # of a BatchNorm that does not train: 'batch' (normalizes by the batch, and its averages move) or 'frozen'
+           statistics:str="batch"      # by which a BatchNorm that does not train normalizes: 'batch', or 'frozen'
           ) -> nn.Module:              # the same model; what requires a gradient is exactly what may move
-    "Freeze all that `policy` does not train; `ValueError` for a policy that does not exist or trains nothing of the model."
+    "Freeze what `policy` does not train; `ValueError` for a policy that does not exist or trains nothing of the model."
     moving, tokens, (prefix, own) = moving_roles(policy), dict(parse_policy(policy)), core(model, is_own)
     choose("statistics", statistics, ["batch", "frozen"])
     _refuse(model)
@@ -101,11 +105,13 @@ def freeze(model:nn.Module,            # from `create_model`, or any other
         if name not in fixed and found[name] not in moving: _freeze_one(model, name, p)
     if "all-affine" in tokens: reset_affine(model, fixed)
     if {"gamma", "all-beta"} & set(tokens): without_beta(model, fixed)
-    for token in {"random", "scattered"} & set(tokens): free_entries(model, found, token, tokens[token], moving, seed, fixed)
+    for token in {"random", "scattered"} & set(tokens):
+        free_entries(model, found, token, tokens[token], moving, seed, fixed)
     if statistics == "frozen": hold_statistics(model)
     if not ("none" in tokens or trainable(model)): _nothing(model, policy, has, fixed)
     if odd := sorted(n for n in fixed if found[n] in moving):
-        warnings.warn(f"{len(odd)} parameters required no gradient before and stay frozen under {policy!r}, first {odd[0]!r}; requires_grad_(True) lets them train.", stacklevel=2)
+        warnings.warn(f"{len(odd)} parameters required no gradient before and stay frozen under {policy!r}, "
+                      f"first {odd[0]!r}; requires_grad_(True) lets them train.", stacklevel=2)
     names = [output] if isinstance(output, str) else output
     names = None if names is None else [n.removeprefix(prefix) for n in names]
     vars(own)[_FROZEN_AS] = dict(policy=policy, seed=seed, output=names, statistics=statistics)
@@ -113,7 +119,8 @@ def freeze(model:nn.Module,            # from `create_model`, or any other
     return model
 
 # %% ../nbs/03_policies.ipynb #a4cd1c76
-_MARK, _HOLD = "frozen_by_policy", "statistics_held"   # attributes of a module: names of parameters, the handle of a hook
+# attributes of a module: names of parameters, the handle of a hook
+_MARK, _HOLD = "frozen_by_policy", "statistics_held"
 _FROZEN_AS = "frozen_as"                               # and of the model: what `freeze` was asked for
 
 def _freeze_one(model, name, p):
@@ -129,7 +136,8 @@ def unfreeze(model:nn.Module) -> nn.Module:   # the same model
         if entries(m):
             parametrize.remove_parametrizations(m, "weight")
             m.weight.grad = None
-            for kind in [k for k in m._parameters if k != "weight"]: m._parameters[kind] = m._parameters.pop(kind)   # in their order
+            # in their order again: the weight first
+            for kind in [k for k in m._parameters if k != "weight"]: m._parameters[kind] = m._parameters.pop(kind)
         for kind in vars(m).pop(_MARK, ()): m._parameters[kind].requires_grad_(True)
         if _HOLD in vars(m): vars(m).pop(_HOLD).remove()
         vars(m).pop(_FROZEN_AS, None)
@@ -153,8 +161,11 @@ def _refuse(model):
     refuse_hidden(model)
     for m in model.modules():
         if isinstance(m, nn.parallel.DistributedDataParallel):
-            raise ValueError("DistributedDataParallel keeps the list of what trains; freeze the model before it is wrapped.")
-        if entries(m) and "forward" in vars(m): raise ValueError("this model was prepared with random entries; make a new one with create_model and freeze that.")
+            raise ValueError("DistributedDataParallel keeps the list of what trains; "
+                             "freeze the model before it is wrapped.")
+        if entries(m) and "forward" in vars(m):
+            raise ValueError("this model was prepared with random entries; "
+                             "make a new one with create_model and freeze that.")
 
 def shared(model) -> dict:   # id of a parameter to the names of the places that use it
     "The parameters that more than one place uses."
@@ -169,17 +180,25 @@ def _tied(model, output, found):
     places, last = shared(model), ends(model, output)[0]
     for p in {p for m in last for p in m.parameters()}:
         odd = [n for n in places.get(id(p), ()) if model.get_submodule(n.rpartition(".")[0]) not in last]
-        if odd: raise ValueError(f"the output layer of {type(model).__name__} shares its weight with {odd[0]!r}, so it cannot train alone; the nearest policy is 'norm'.")
+        if odd:
+            raise ValueError(f"the output layer of {type(model).__name__} shares its weight with {odd[0]!r}, "
+                             "so it cannot train alone; the nearest policy is 'norm'.")
 
+# %% ../nbs/03_policies.ipynb #f9e14b48
 def _plain(model, found, moving):
     "Refuse random entries of a weight that is computed, or used in two places."
     places = shared(model)
     for name,role in found.items():
         module, kind = place(name)
         m = model.get_submodule(module)
-        if role not in {"conv", "shortcut"} - moving or not isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)) or kind == "bias": continue
-        if not entries(m) and "weight" not in m._parameters: raise ValueError(f"random entries need a plain weight, and {module!r} computes its own (weight_norm and the like); take that off, or use another policy.")
-        if id(m._parameters.get("weight")) in places: raise ValueError(f"random entries need a weight of one layer, and {places[id(m.weight)][0]!r} is also {places[id(m.weight)][1]!r}; use another policy.")
+        if role not in {"conv", "shortcut"} - moving or not isinstance(m, (*CONVOLUTIONS, nn.Linear)) or kind == "bias":
+            continue
+        if not entries(m) and "weight" not in m._parameters:
+            raise ValueError(f"random entries need a plain weight, and {module!r} computes its own (weight_norm and "
+                             "the like); take that off, or use another policy.")
+        if names := places.get(id(m._parameters.get("weight"))):
+            raise ValueError(f"random entries need a weight of one layer, and {names[0]!r} is also {names[1]!r}; "
+                             "use another policy.")
 
 # %% ../nbs/03_policies.ipynb #5c1de0f3
 GAMMA, BETA = "weight gamma g scale gain alpha".split(), "bias beta b shift offset".split()
@@ -188,9 +207,13 @@ def gammas_and_betas(model) -> tuple:   # two dicts, name to parameter
     "Every gamma and every beta; `ValueError` for a normalization whose parameters are called otherwise."
     found = {}, {}
     for n,m in model.named_modules():
-        if normalization(m) and parametrize.is_parametrized(m): raise ValueError(f"the {type(m).__bases__[0].__name__} {n!r} computes its gamma or beta (a parametrization), so neither can rest; the nearest policy is 'norm'.")
+        if normalization(m) and parametrize.is_parametrized(m):
+            raise ValueError(f"the {type(m).__bases__[0].__name__} {n!r} computes its gamma or beta (a "
+                             "parametrization), so neither can rest; the nearest policy is 'norm'.")
         for kind,p in m.named_parameters(recurse=False) if normalization(m) else ():
-            if kind.lower() not in GAMMA + BETA: raise ValueError(f"{kind!r} of the {type(m).__name__} {n!r} may be a gamma or a beta; the nearest policy that need not know is 'norm'.")
+            if kind.lower() not in GAMMA + BETA:
+                raise ValueError(f"{kind!r} of the {type(m).__name__} {n!r} may be a gamma or a beta; "
+                                 "the nearest policy that need not know is 'norm'.")
             found[kind.lower() in BETA][f"{n}.{kind}".lstrip(".")] = p
     return found
 
@@ -224,9 +247,10 @@ def _present(model, tokens, found):   # found: roles of the model
 
 def _nothing(model, policy, found, fixed=()):
     has = [r for r in ("norm", "output") if r in found or r == "norm" and "bn" in found]
-    why = f", and {len(fixed)} parameters were frozen before, first {sorted(fixed)[0]!r}: requires_grad_(True) lets them train" if fixed else ""
-    raise ValueError(f"policy {policy!r} trains nothing of {type(model).__name__}, whose roles are {', '.join(sorted(found))}{why}; "
-                     f"the nearest is {(has or ['all'])[0]!r}.")
+    why = (f", and {len(fixed)} parameters were frozen before, first {sorted(fixed)[0]!r}: requires_grad_(True) lets "
+           "them train") if fixed else ""
+    raise ValueError(f"policy {policy!r} trains nothing of {type(model).__name__}, whose roles are "
+                     f"{', '.join(sorted(found))}{why}; the nearest is {(has or ['all'])[0]!r}.")
 
 # %% ../nbs/03_policies.ipynb #b33c52e8
 def free_entries(model, found, token, k, moving, seed, fixed=()):
@@ -235,10 +259,10 @@ def free_entries(model, found, token, k, moving, seed, fixed=()):
     for name,role in found.items():
         module_name, _, kind = name.rpartition(".")
         m = model.get_submodule(module_name)
-        if name in fixed or role not in {"conv", "shortcut"} - moving or kind != "weight" or not isinstance(m, (nn.modules.conv._ConvNd, nn.Linear)): continue
-        at = positions(m)
-        index = at.flatten()[choose_entries(token, k, tuple(at.shape), generator(seed, module_name.removeprefix(prefix), "entries"))].sort().values
-        add_entries(m, index)
+        if name in fixed or role not in {"conv", "shortcut"} - moving or kind != "weight": continue
+        if not isinstance(m, (*CONVOLUTIONS, nn.Linear)): continue
+        at, rng = positions(m), generator(seed, module_name.removeprefix(prefix), "entries")
+        add_entries(m, at.flatten()[choose_entries(token, k, tuple(at.shape), rng)].sort().values)
 
 def add_entries(m, index):
     "Make the entries at `index` of a layer's weight a parameter, and the rest a buffer."
@@ -281,10 +305,11 @@ def entries(m):   # RandomEntries, or None
     first = m.parametrizations.weight[0]
     return first if isinstance(first, RandomEntries) else None
 
-def _weights(model):   # of (name, parameter, RandomEntries or None, layer); another parametrization's parameters keep their names
+def _weights(model):
+    "(name, parameter, RandomEntries or None, layer) of each; another parametrization's parameters keep their names."
     for name,p in model.named_parameters():
         m = model.get_submodule(place(name)[0])
-        e = entries(m) if name.endswith(".parametrizations.weight.original") or name == "parametrizations.weight.original" else None
+        e = entries(m) if f".{name}".endswith(".parametrizations.weight.original") else None
         yield ".".join(filter(None, place(name))) if e else name, p, e, m
 
 def effective_weights(model:nn.Module) -> dict:   # name to a copy of the tensor
@@ -401,6 +426,7 @@ def load_trained_state(model:nn.Module,   # from the same seed, frozen by the sa
     kind = lambda t: f"{tuple(t.shape)} {t.dtype}" if isinstance(t, torch.Tensor) else f"a {type(t).__name__}"
     for n,t in own.items():
         if kind(t) != kind(tensors[n]):
-            raise ValueError(f"{n!r} is {kind(t)} in the model and {kind(tensors[n])} in what moved; use the spec they were trained with.")
+            raise ValueError(f"{n!r} is {kind(t)} in the model and {kind(tensors[n])} in what moved; "
+                             "use the spec they were trained with.")
     model.load_state_dict(tensors, strict=False)
     return model

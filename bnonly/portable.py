@@ -30,8 +30,8 @@ from .train import prepare
 def layout(arch:str, num_classes:int, in_channels:int, policy:str
           ) -> dict:   # vector to {name in the network: shape}
     "What training moves in a network, by vector, without drawing a number."
-    model, moving, tokens, vectors = build(arch, num_classes, in_channels), moving_roles(policy), dict(parse_policy(policy)), {}
-    k, found = tokens.get("random") or tokens.get("scattered"), roles(model)
+    model, moving, tokens = build(arch, num_classes, in_channels), moving_roles(policy), dict(parse_policy(policy))
+    vectors, k, found = {}, tokens.get("random") or tokens.get("scattered"), roles(model)
     for name,t in model.state_dict().items():
         role, (module, _, kind), shape = found.get(name, "bn"), name.rpartition("."), tuple(t.shape)
         if name in found and role not in moving:
@@ -64,16 +64,19 @@ def describe(model) -> dict:   # name to string
     "What a file says of a network: how to make it, what moved, and how it computes."
     made = {k: str(model.made[k]) for k in _MADE}
     tools = dict(bnonly=__version__, **{p: version(p) for p in ("torch", "numpy")})
-    return dict(made, format=FORMAT, policy="+".join(f"{t}{k or ''}" for t,k in parse_policy(model.frozen["policy"])),
-                entries=str(model.frozen["seed"]), compute=getattr(model, "prepared", "plain"), versions=json.dumps(tools))
+    policy = "+".join(f"{t}{k or ''}" for t,k in parse_policy(model.frozen["policy"]))
+    return dict(made, format=FORMAT, policy=policy, entries=str(model.frozen["seed"]),
+                compute=getattr(model, "prepared", "plain"), versions=json.dumps(tools))
 
 # %% ../nbs/09_portable.ipynb #8f70f00c
 def _alike(model, fresh, arch):
     "Refuse a network that was changed after `create_model`."
-    kinds = lambda m: {n: f"{n} {tuple(t.shape)} {t.dtype}" for n,t in m.state_dict().items()}
-    for ours,theirs in (str(model).splitlines(), str(fresh).splitlines()), (kinds(model).values(), kinds(fresh).values()):
+    def lines(m): return str(m).splitlines(), [f"{n} {tuple(t.shape)} {t.dtype}" for n,t in m.state_dict().items()]
+    for ours,theirs in zip(lines(model), lines(fresh)):
         odd = next(((a or b).strip() for a,b in zip_longest(ours, theirs) if a != b), None)
-        if odd: raise ValueError(f"{odd!r} is not what create_model makes of {arch}; a network that was changed needs a full checkpoint.")
+        if odd:
+            raise ValueError(f"{odd!r} is not what create_model makes of {arch}; "
+                             "a network that was changed needs a full checkpoint.")
 
 # %% ../nbs/09_portable.ipynb #4f9ebe2b
 def save_portable(spec_or_model,          # the spec of a finished run, or a network from `create_model` and `freeze`
@@ -83,39 +86,48 @@ def save_portable(spec_or_model,          # the spec of a finished run, or a net
     "Keep a trained network as its seed and what moved; `ValueError` where that would not be the whole of it."
     model = restore(spec_or_model, study) if isinstance(spec_or_model, Spec) else spec_or_model
     if not (hasattr(model, "made") and hasattr(model, "frozen")):
-        raise ValueError(f"a {type(model).__name__} without a seed cannot be saved by its seed; make it with create_model and freeze.")
-    told, fresh, tokens = describe(model), create_model(**model.made), dict(parse_policy(model.frozen["policy"]))
-    family = parse_arch(told["arch"]).family
-    if family not in FAMILIES or (model.made["norm"], model.made["act"]) != ("batch", "relu") or {"gamma", "all-beta"} & set(tokens):
-        raise ValueError(f"{told['arch']} with norm {model.made['norm']!r}, act {model.made['act']!r} and policy {told['policy']!r} cannot be saved by its seed; "
-                         f"networks of {', '.join(FAMILIES)} with BatchNorm, ReLU and both gamma and beta can.")
-    told["features"] = features(fresh)
+        raise ValueError(f"a {type(model).__name__} without a seed cannot be saved by its seed; "
+                         "make it with create_model and freeze.")
+    metadata, fresh, tokens = describe(model), create_model(**model.made), dict(parse_policy(model.frozen["policy"]))
+    family = parse_arch(metadata["arch"]).family
+    norm, act = model.made["norm"], model.made["act"]
+    if family not in FAMILIES or (norm, act) != ("batch", "relu") or {"gamma", "all-beta"} & set(tokens):
+        raise ValueError(f"{metadata['arch']} with norm {norm!r}, act {act!r} and policy {metadata['policy']!r} cannot "
+                         f"be saved by its seed; networks of {', '.join(FAMILIES)} with BatchNorm, ReLU and both gamma "
+                         "and beta can.")
+    metadata["features"] = features(fresh)
     fresh = freeze(fresh, model.frozen["policy"], model.frozen["seed"])
-    plan = layout(*(model.made[k] for k in ("arch", "num_classes", "in_channels")), told["policy"])
-    _alike(model, fresh, told["arch"])
+    plan = layout(*(model.made[k] for k in ("arch", "num_classes", "in_channels")), metadata["policy"])
+    _alike(model, fresh, metadata["arch"])
     for (n,p),(_,q) in zip(model.named_parameters(), fresh.named_parameters()):
-        if not q.requires_grad and not torch.equal(p.cpu(), q): raise ValueError(f"{n} is frozen and yet not what its seed draws; such a network needs a full checkpoint.")
+        if not q.requires_grad and not torch.equal(p.cpu(), q):
+            raise ValueError(f"{n} is frozen and yet not what its seed draws; such a network needs a full checkpoint.")
     vectors = pack(trained_state(model), plan)
-    if odd := [v for v,t in vectors.items() if not t.isfinite().all()]: raise ValueError(f"{odd[0]} holds numbers that are not finite; a diverged network is not kept.")
-    return write(path, serialize(told, vectors))
+    if odd := [v for v,t in vectors.items() if not t.isfinite().all()]:
+        raise ValueError(f"{odd[0]} holds numbers that are not finite; a diverged network is not kept.")
+    return write(path, serialize(metadata, vectors))
 
 # %% ../nbs/09_portable.ipynb #80c6f8e7
 LIMIT = 200_000_000      # parameters
 _FIELDS = *_MADE, "policy", "entries", "compute", "format", "versions", "features", "digest"
 _MOST = dict(num_classes=100_000, in_channels=1000, seed=2**63-1, entries=2**63-1)
 
-def origin(told:dict) -> dict:   # what `describe` and `save_portable` said -> arguments of `create_model`, policy, entries, compute
+def origin(metadata:dict   # as `save_portable` wrote it
+          ) -> dict:       # arguments of `create_model`, policy, entries, compute
     "What a file says of its network, every value checked."
-    check_fields(told, _FIELDS)
-    choose("format", told["format"], [FORMAT]); choose("compute", told["compute"], ["plain", "float32", "bfloat16", "float16"])
-    arch = parse_arch(told["arch"])
+    check_fields(metadata, _FIELDS)
+    choose("format", metadata["format"], [FORMAT])
+    choose("compute", metadata["compute"], ["plain", "float32", "bfloat16", "float16"])
+    arch = parse_arch(metadata["arch"])
     choose("family", arch.family, FAMILIES)
-    if arch.depth > 2000 or arch.width > 10_000: raise ValueError(f"arch {told['arch']!r} is deeper than 2,000 layers or wider than 10,000")
-    numbers = {n: whole_number(told, n, most, int(n in ("num_classes", "in_channels"))) for n,most in _MOST.items()}
-    inits = dict(init=choose("init", told["init"], INITS), bn_init=choose("bn_init", told["bn_init"], BN_INITS))
-    parse_policy(told["policy"])
-    if not re.fullmatch("[0-9a-f]{64}", told["features"]): raise ValueError(f"its digest of the features is {told['features'][:70]!r}")
-    return dict(arch=told["arch"], **numbers, **inits, policy=told["policy"], compute=told["compute"])
+    if arch.depth > 2000 or arch.width > 10_000:
+        raise ValueError(f"arch {metadata['arch']!r} is deeper than 2,000 layers or wider than 10,000")
+    numbers = {n: whole_number(metadata, n, most, int(n in ("num_classes", "in_channels"))) for n,most in _MOST.items()}
+    inits = dict(init=choose("init", metadata["init"], INITS), bn_init=choose("bn_init", metadata["bn_init"], BN_INITS))
+    parse_policy(metadata["policy"])
+    if not re.fullmatch("[0-9a-f]{64}", metadata["features"]):
+        raise ValueError(f"its digest of the features is {metadata['features'][:70]!r}")
+    return dict(arch=metadata["arch"], **numbers, **inits, policy=metadata["policy"], compute=metadata["compute"])
 
 # %% ../nbs/09_portable.ipynb #b32d44a8
 @lru_cache(16)
@@ -128,29 +140,32 @@ def lengths(*made) -> dict:   # made: as `layout` takes it; name of a vector to 
     kind = lambda v: torch.int64 if v.endswith("num_batches_tracked") else torch.float32
     return {v: ([sum(map(math.prod, names.values()))], kind(v)) for v,names in layout(*made).items()}
 
-def _plan(told, limit):
-    made = origin(told)
+def _plan(metadata, limit):
+    made = origin(metadata)
     shape = made["arch"], made["num_classes"], made["in_channels"]
-    if (n := parameters(*shape)) > limit: raise ValueError(f"{made['arch']} has {n:,} parameters, and the limit is {limit:,}")
+    if (n := parameters(*shape)) > limit:
+        raise ValueError(f"{made['arch']} has {n:,} parameters, and the limit is {limit:,}")
     return lengths(*shape, made["policy"])
 
 def read(path:Path, limit:int=LIMIT) -> tuple:   # (metadata, origin, vectors)
     "What a portable file holds, checked; `ValueError` for one that is damaged or lies."
-    told, vectors = read_sealed(path, "portable network", lambda told: _plan(told, limit))
-    return told, origin(told), vectors
+    metadata, vectors = read_sealed(path, "portable network", lambda metadata: _plan(metadata, limit))
+    return metadata, origin(metadata), vectors
 
 # %% ../nbs/09_portable.ipynb #bf0c9890
 def load_portable(path:Path,          # as `save_portable` wrote it
                   device=None,        # default: the CPU
-                  limit:int=LIMIT     # parameters of the largest network to build; one of n takes about 5n bytes while its features are checked
+                  limit:int=LIMIT     # parameters of the largest network to build; n of them take about 5n bytes
                  ) -> nn.Module:      # ready, in evaluation mode
-    "Rebuild a network from its seed and what moved; `ValueError` for a damaged file, or where the seed draws other features."
-    told, made, vectors = read(path, limit)
+    "Rebuild a network from its seed and what moved; `ValueError` for a damaged file, or a seed that draws others here."
+    metadata, made, vectors = read(path, limit)
     model = create_model(**{k: made[k] for k in _MADE})
-    if features(model) != told["features"]:
-        raise ValueError(f"{path} cannot be rebuilt here: seed {made['seed']} draws other features on this machine (numpy {version('numpy')}) than where it was saved ({told['versions']!r}).")
+    if features(model) != metadata["features"]:
+        raise ValueError(f"{path} cannot be rebuilt here: seed {made['seed']} draws other features on this machine "
+                         f"(numpy {version('numpy')}) than where it was saved ({metadata['versions']!r}).")
     model = freeze(model, made["policy"], made["entries"])
-    load_trained_state(model, unpack(vectors, layout(made["arch"], made["num_classes"], made["in_channels"], made["policy"])))
+    plan = layout(*(made[k] for k in ("arch", "num_classes", "in_channels", "policy")))
+    load_trained_state(model, unpack(vectors, plan))
     device = torch.device(device or "cpu")
     if made["compute"] != "plain": return prepare(model, device, getattr(torch, made["compute"])).eval()
     return model.to(device).eval()
@@ -161,10 +176,11 @@ def file_size(arch:str,            # e.g. 'resnet866'
              ) -> tuple:           # (bytes of the portable file, bytes of all its numbers)
     "How much room a network takes as a seed and what `bn` moves, and in full."
     model = build(arch, num_classes)
-    model.made, model.frozen = dict(arch=arch, num_classes=num_classes, in_channels=3, init=INITS[0], bn_init=BN_INITS[0], seed=0), dict(policy="bn", seed=0)
-    told = describe(model) | dict(features="0"*64)
+    model.made = dict(arch=arch, num_classes=num_classes, in_channels=3, init=INITS[0], bn_init=BN_INITS[0], seed=0)
+    model.frozen = dict(policy="bn", seed=0)
+    metadata = describe(model) | dict(features="0"*64)
     zeros = {v: torch.zeros(shape, dtype=dtype) for v,(shape,dtype) in lengths(arch, num_classes, 3, "bn").items()}
-    return len(serialize(told, zeros)), sum(t.numel()*t.element_size() for t in model.state_dict().values())
+    return len(serialize(metadata, zeros)), sum(t.numel()*t.element_size() for t in model.state_dict().values())
 
 # %% ../nbs/09_portable.ipynb #c83c8bfd
 class Tasks:
@@ -174,13 +190,16 @@ class Tasks:
         self.model = load_portable(next(iter(files.values())), device)
         self.places, self.moved, first = list(trained_state(self.model).values()), {}, None
         for name,path in files.items():
-            told, made, vectors = read(path)
-            first = first or dict(made, features=told["features"])
-            if dict(made, features=told["features"]) != first: raise ValueError(f"{path} stands on another random network than the first file; tasks share architecture, seed, policy and arithmetic.")
+            metadata, made, vectors = read(path)
+            first = first or dict(made, features=metadata["features"])
+            if dict(made, features=metadata["features"]) != first:
+                raise ValueError(f"{path} stands on another random network than the first file; "
+                                 "tasks share architecture, seed, policy and arithmetic.")
             own = unpack(vectors, layout(*(made[k] for k in ("arch", "num_classes", "in_channels", "policy"))))
             self.moved[name] = [own[n].to(self.places[0].device) for n in trained_state(self.model)]
 
     def use(self, task:str) -> nn.Module:   # the network, for this task
         "Put a task's numbers into the network."
-        with torch.no_grad(): torch._foreach_copy_(self.places, self.moved[choose("task", task, self.moved)])
+        with torch.no_grad():
+            for place,tensor in zip(self.places, self.moved[choose("task", task, self.moved)]): place.copy_(tensor)
         return self.model

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-__all__ = ["BATCH_NORMS", "shadow", "same_randomness", "Layers", "follow", "normalization", "place", "trace",
-           "last_layers", "on_shortcuts", "core", "refuse_hidden"]
+__all__ = ["BATCH_NORMS", "CONVOLUTIONS", "shadow", "same_randomness", "Layers", "follow", "normalization", "place",
+           "trace", "last_layers", "on_shortcuts", "core", "refuse_hidden"]
 
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
@@ -86,7 +86,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
 OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
                nn.LazyInstanceNorm1d, nn.LazyInstanceNorm2d, nn.LazyInstanceNorm3d)
 CALLED_NORM = re.compile(r"norm|^(Sync)?(BN|LN|GN|FRN|RMS|GRN)(\dd)?$", re.I)   # a class of the user's own
-CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 ACTIVATIONS = "relu relu_ relu6 leakyrelu leaky_relu prelu elu celu selu gelu silu mish hardswish".split()
 SUMS = operator.add, operator.iadd, torch.add, "add", "add_"
 

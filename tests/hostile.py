@@ -5,9 +5,42 @@ import torch
 from bnonly.sealed import serialize
 
 PREFIX = 8
-LIES = ["", "0", "-1", "9" * 25, "9" * 5000, "1e9", "NaN", "None", "../../etc/passwd", "__import__('os')", "\x00", "{}", "１", "resnet8.5", "resnet1994",
-        "resnet866", "resnet200", "resnet8888888", "wrn14-32", "wrn1994-9999", "wrn14-99999999999", "vgg19", "random999999999", "scattered1", "all+bn", "norm", "plain", "float64",
-        "<script>alert(1)</script>", '["fc"]', "[[[[1]]]]", "null", "batch", "frozen"]
+LIES = [
+    "",
+    "0",
+    "-1",
+    "9" * 25,
+    "9" * 5000,
+    "1e9",
+    "NaN",
+    "None",
+    "../../etc/passwd",
+    "__import__('os')",
+    "\x00",
+    "{}",
+    "１",
+    "resnet8.5",
+    "resnet1994",
+    "resnet866",
+    "resnet200",
+    "resnet8888888",
+    "wrn14-32",
+    "wrn1994-9999",
+    "wrn14-99999999999",
+    "vgg19",
+    "random999999999",
+    "scattered1",
+    "all+bn",
+    "norm",
+    "plain",
+    "float64",
+    "<script>alert(1)</script>",
+    '["fc"]',
+    "[[[[1]]]]",
+    "null",
+    "batch",
+    "frozen",
+]
 
 
 def parts(content):
@@ -40,7 +73,10 @@ def grown(rng, good, told, vectors):
 
 
 def claimed(rng, good, told, vectors):
-    return rng.choice([2**16 + 1, 2**31, 2**40, 2**63, 2**64 - 1, rng.randrange(2**64)]).to_bytes(PREFIX, "little") + good[PREFIX:]
+    return (
+        rng.choice([2**16 + 1, 2**31, 2**40, 2**63, 2**64 - 1, rng.randrange(2**64)]).to_bytes(PREFIX, "little")
+        + good[PREFIX:]
+    )
 
 
 def header_lied(rng, good, told, vectors):
@@ -49,13 +85,25 @@ def header_lied(rng, good, told, vectors):
     name = rng.choice([k for k in header if k != "__metadata__"])
     entry = header[name]
     what = rng.choice(["shape", "dtype", "data_offsets", "name", "drop", "twice", "junk"])
-    if what == "shape": entry["shape"] = rng.choice([o for o in ([], [2**62], [2**32, 2**32], [0], [-1], [*entry["shape"], 1], [10**30], "all", [1.5]) if o != entry["shape"]])
-    if what == "dtype": entry["dtype"] = rng.choice([o for o in ("F16", "F64", "BF16", "I64", "F32", "U8", "BOOL", "F4096", 7, None) if o != entry["dtype"]])
-    if what == "data_offsets": entry["data_offsets"] = rng.choice([[0, 2**60], [-8, 0], [0, 0], [8, 4], [2**63, 2**64], [0], "x"])
+    if what == "shape":
+        entry["shape"] = rng.choice(
+            [
+                o
+                for o in ([], [2**62], [2**32, 2**32], [0], [-1], [*entry["shape"], 1], [10**30], "all", [1.5])
+                if o != entry["shape"]
+            ]
+        )
+    if what == "dtype":
+        entry["dtype"] = rng.choice(
+            [o for o in ("F16", "F64", "BF16", "I64", "F32", "U8", "BOOL", "F4096", 7, None) if o != entry["dtype"]]
+        )
+    if what == "data_offsets":
+        entry["data_offsets"] = rng.choice([[0, 2**60], [-8, 0], [0, 0], [8, 4], [2**63, 2**64], [0], "x"])
     if what in ("name", "drop"): header.pop(name)
     if what == "name": header[rng.choice(["conv.weight", "bn.gamma", "../x", "", "é" * 99])] = entry
     if what == "twice": header["bn.extra"] = dict(entry)
-    if what == "junk": header = rng.choice([b"[" * 9999, b"{}", b"null", b'{"__metadata__": 3}', b"\xff" * 40, b'{"a":' * 5000])
+    if what == "junk":
+        header = rng.choice([b"[" * 9999, b"{}", b"null", b'{"__metadata__": 3}', b"\xff" * 40, b'{"a":' * 5000])
     return joined(header, data)
 
 

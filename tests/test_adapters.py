@@ -1,4 +1,5 @@
-"peft's LN-tuning and a policy train the same numbers, bit for bit, and a delta keeps the statistics that peft's files lose."
+"""peft's LN-tuning and a policy train the same numbers, bit for bit, and a delta keeps the statistics that peft's
+files lose."""
 import copy
 import re
 import sys
@@ -57,7 +58,17 @@ def step(model, n=2):
     return model.eval()
 
 
-@pytest.mark.parametrize("make,policy", [(Attention, "norm+output"), (Attention, "bn+output"), (Attention, "norm"), (plain, "norm+output"), (plain, "bn"), (resnet18, "norm+output")])
+@pytest.mark.parametrize(
+    "make,policy",
+    [
+        (Attention, "norm+output"),
+        (Attention, "bn+output"),
+        (Attention, "norm"),
+        (plain, "norm+output"),
+        (plain, "bn"),
+        (resnet18, "norm+output"),
+    ],
+)
 def test_a_step_in_both_gives_the_same_bits(make, policy, tmp_path):
     base = made(make)
     ours, theirs = freeze(copy.deepcopy(base), policy), peft.get_peft_model(copy.deepcopy(base), to_peft(base, policy))
@@ -67,10 +78,17 @@ def test_a_step_in_both_gives_the_same_bits(make, policy, tmp_path):
     back = from_peft(theirs)
     assert [*back.state_dict()] == [*ours.state_dict()] and not back.training
     assert all(torch.equal(t, back.state_dict()[n]) for n, t in ours.state_dict().items())
-    assert not torch.equal(back.state_dict()["1.running_mean" if make is plain else "bn1.running_mean" if make is resnet18 else "bn.running_mean"], torch.zeros(8 if make is not resnet18 else 64))
+    assert not torch.equal(
+        back.state_dict()[
+            "1.running_mean" if make is plain else "bn1.running_mean" if make is resnet18 else "bn.running_mean"
+        ],
+        torch.zeros(8 if make is not resnet18 else 64),
+    )
     assert torch.equal(back(X), ours(X)) and torch.equal(theirs(X), ours(X))
     assert counts(back).equals(counts(ours)) and {type(m) for m in back.modules()} == {type(m) for m in base.modules()}
-    norm = "norm" if "bn" not in policy or make is not Attention else "bn"   # where all are BatchNorms, both are the same
+    norm = (
+        "norm" if "bn" not in policy or make is not Attention else "bn"
+    )  # where all are BatchNorms, both are the same
     assert frozen_as(back)["policy"] == "+".join([norm, *policy.split("+")[1:]])
     assert torch.equal(load_delta(save_delta(back, tmp_path / "it.safetensors", base="made/here"), base)(X), ours(X))
 
@@ -92,14 +110,31 @@ def test_names_are_a_list_where_their_endings_are_enough():
     config = to_peft(made(resnet18), "norm+output")
     names = {n for n, m in resnet18().named_modules() if isinstance(m, nn.BatchNorm2d)}
     assert {*config.target_modules} == names and {*config.modules_to_save} == {"fc"}
-    assert re.fullmatch(to_peft(plain(), "bn").target_modules, "1") and not re.fullmatch(to_peft(plain(), "bn").target_modules, "0.1")
+    assert re.fullmatch(to_peft(plain(), "bn").target_modules, "1") and not re.fullmatch(
+        to_peft(plain(), "bn").target_modules, "0.1"
+    )
     assert to_peft(plain(), "bn").modules_to_save is None
 
 
-@pytest.mark.parametrize("make,policy,why", [
-    (plain, "random2+output", "trains 'random', which peft's LNTuningConfig cannot; the nearest is 'norm'"), (plain, "output", "the nearest is 'norm.output'"), (plain, "nrom", "the nearest is"),
-    (lambda: nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.ReLU(), nn.Linear(288, 8)), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 5)), "norm+output",
-     "peft finds modules by the endings of their names, and '0.4' ends as the output '4' does")])
+@pytest.mark.parametrize(
+    "make,policy,why",
+    [
+        (plain, "random2+output", "trains 'random', which peft's LNTuningConfig cannot; the nearest is 'norm'"),
+        (plain, "output", "the nearest is 'norm.output'"),
+        (plain, "nrom", "the nearest is"),
+        (
+            lambda: nn.Sequential(
+                nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.ReLU(), nn.Linear(288, 8)),
+                nn.BatchNorm1d(8),
+                nn.ReLU(),
+                nn.Dropout(),
+                nn.Linear(8, 5),
+            ),
+            "norm+output",
+            "peft finds modules by the endings of their names, and '0.4' ends as the output '4' does",
+        ),
+    ],
+)
 def test_what_peft_cannot_train_is_refused(make, policy, why):
     with pytest.raises(ValueError, match=why): to_peft(made(make), policy)
 
@@ -107,7 +142,8 @@ def test_what_peft_cannot_train_is_refused(make, policy, why):
 def test_adapters_that_no_policy_is():
     model = peft.get_peft_model(plain(), peft.LNTuningConfig(target_modules=["0.0", "1"]))
     with pytest.raises(ValueError, match="no policy trains what this adapter does.*'0.0'"): from_peft(model)
-    with pytest.raises(ValueError, match="LoraConfig is not a model with one active adapter"): from_peft(peft.get_peft_model(plain(), peft.LoraConfig(target_modules=["4"])))
+    with pytest.raises(ValueError, match="LoraConfig is not a model with one active adapter"):
+        from_peft(peft.get_peft_model(plain(), peft.LoraConfig(target_modules=["4"])))
     with pytest.raises(ValueError, match="Sequential is not a model with one active adapter"): from_peft(plain())
 
 
@@ -115,11 +151,16 @@ def test_the_policy_goes_there_and_back_on_a_merged_adapter():
     base = made(plain)
     theirs = step(peft.get_peft_model(copy.deepcopy(base), to_peft(base, "norm+output")))
     y, back = theirs(X), from_peft(theirs)
-    assert torch.equal(theirs(X), y)   # the adapter stays as it was
-    assert torch.equal(step(peft.get_peft_model(copy.deepcopy(back), to_peft(back, "norm+output")), 1)(X), step(back, 1)(X))
+    assert torch.equal(theirs(X), y)  # the adapter stays as it was
+    assert torch.equal(
+        step(peft.get_peft_model(copy.deepcopy(back), to_peft(back, "norm+output")), 1)(X), step(back, 1)(X)
+    )
 
 
 def test_without_peft_one_sentence_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     for f in (lambda: to_peft(plain(), "norm"), lambda: from_peft(plain())):
-        with pytest.raises(ImportError, match=r"adapters need peft, which is not installed; pip install 'bnonly\[peft\]'"): f()
+        with pytest.raises(
+            ImportError, match=r"adapters need peft, which is not installed; pip install 'bnonly\[peft\]'"
+        ):
+            f()

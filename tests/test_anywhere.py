@@ -32,7 +32,10 @@ def test_a_file_system_without_permissions_keeps_a_cache(tmp_path, monkeypatch):
     def refuse(*_, **__): raise PermissionError(1, "Operation not permitted")
     monkeypatch.setattr(os, "chmod", refuse)
     (source := tmp_path / "source").write_bytes(b"1")
-    assert save_cache(dict(x=torch.zeros(2)), dict(label="x"), source, stamp(source), "x") == tmp_path / "cache/x.safetensors"
+    assert (
+        save_cache(dict(x=torch.zeros(2)), dict(label="x"), source, stamp(source), "x")
+        == tmp_path / "cache/x.safetensors"
+    )
 
 
 def test_records_survive_a_checkout_that_rewrites_line_ends(tmp_path):

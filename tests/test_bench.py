@@ -65,8 +65,12 @@ def test_goals_from_the_command_line(monkeypatch, capsys):
 
 def test_goals_are_measured_on_whole_runs():
     "Two epochs of the smallest network on digits, one seed and five at once."
-    found = bench_goals("digits", ["160 epochs of resnet8", "five seeds of resnet8 beside one"], 2, say=lambda row: None)
-    assert [r["what"].split()[0] for r in found["rows"]] == ["160", "five"] and all(r["measured"] > 0 for r in found["rows"])
+    found = bench_goals(
+        "digits", ["160 epochs of resnet8", "five seeds of resnet8 beside one"], 2, say=lambda row: None
+    )
+    assert [r["what"].split()[0] for r in found["rows"]] == ["160", "five"] and all(
+        r["measured"] > 0 for r in found["rows"]
+    )
     assert json.loads(next((runs_dir() / "bench").glob("*,goals.json")).read_text()) == found
 
 

@@ -9,13 +9,31 @@ import numpy as np
 import pytest
 import torch
 from bnonly.models import create_model, roles
-from bnonly.policies import counts, effective_weights, trainable_mask, freeze, frozen, frozen_as, load_trained_state, trained_state, trainable, unfreeze
+from bnonly.policies import (
+    counts,
+    effective_weights,
+    trainable_mask,
+    freeze,
+    frozen,
+    frozen_as,
+    load_trained_state,
+    trained_state,
+    trainable,
+    unfreeze,
+)
 from torch import nn
 from torch.nn.utils import parametrizations
 
 
 def net(norm=None, conv=None, head=None):
-    return nn.Sequential(conv or nn.Conv2d(3, 8, 3), norm or nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head or nn.Linear(8, 5))
+    return nn.Sequential(
+        conv or nn.Conv2d(3, 8, 3),
+        norm or nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        head or nn.Linear(8, 5),
+    )
 
 
 class RMSNorm(nn.Module):
@@ -41,7 +59,8 @@ def test_what_its_author_froze_stays_frozen_and_is_said():
     model = net()
     model[0].requires_grad_(False)
     for _ in range(2):
-        with pytest.warns(UserWarning, match="2 parameters .* stay frozen under 'all', first '0.bias'"): freeze(model, "all")
+        with pytest.warns(UserWarning, match="2 parameters .* stay frozen under 'all', first '0.bias'"):
+            freeze(model, "all")
         assert not model[0].weight.requires_grad and model[5].weight.requires_grad
     assert "5.weight" in trainable(unfreeze(freeze(copy.deepcopy(model), "norm"))) and not model[0].weight.requires_grad
     model.requires_grad_(False)
@@ -68,15 +87,22 @@ def test_a_models_own_attributes_stay():
 def test_gamma_of_any_shape_and_name(kind, shape, name):
     model = freeze(net(kind(shape, name)), "norm")
     assert [*trainable(model)] == [f"1.{name}"]
-    assert (freeze(model, "all-affine")[1].get_parameter(name) == 1).all() and not model[1].get_parameter(name).requires_grad
-    with pytest.raises(ValueError, match="may be a gamma or a beta; the nearest policy that need not know is 'norm'"): freeze(net(kind(shape, "q")), "all-affine")
+    assert (freeze(model, "all-affine")[1].get_parameter(name) == 1).all() and not model[1].get_parameter(
+        name
+    ).requires_grad
+    with pytest.raises(ValueError, match="may be a gamma or a beta; the nearest policy that need not know is 'norm'"):
+        freeze(net(kind(shape, "q")), "all-affine")
 
 
 @pytest.mark.parametrize("name", ["RMS", "BN", "LN2d", "SyncBN", "frn"])
 def test_a_class_that_is_called_a_normalization_in_short(name):
     kind = type(name, (RMSNorm,), {})
     alone = type(name, (nn.Module,), dict(vars(Plain)))
-    assert [*trainable(freeze(net(alone(8)), "norm"))] == ["1.scale"] == [*trainable(freeze(net(kind((8,), "scale")), "norm"))]
+    assert (
+        [*trainable(freeze(net(alone(8)), "norm"))]
+        == ["1.scale"]
+        == [*trainable(freeze(net(kind((8,), "scale")), "norm"))]
+    )
 
 
 class Plain(nn.Module):
@@ -97,8 +123,14 @@ class ScaledNorm(nn.Module):
 
 
 def test_a_normalization_around_another_one_trains_whole():
-    assert [*trainable(freeze(net(ScaledNorm(nn.BatchNorm2d(8))), "norm"))] == ["1.scale", "1.inner.weight", "1.inner.bias"]
-    assert "1.scale" not in trainable(freeze(net(ScaledNorm(nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)))), "norm"))
+    assert [*trainable(freeze(net(ScaledNorm(nn.BatchNorm2d(8))), "norm"))] == [
+        "1.scale",
+        "1.inner.weight",
+        "1.inner.bias",
+    ]
+    assert "1.scale" not in trainable(
+        freeze(net(ScaledNorm(nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)))), "norm")
+    )
 
 
 def test_a_gamma_that_is_computed_trains_and_is_not_said_to_rest():
@@ -106,14 +138,21 @@ def test_a_gamma_that_is_computed_trains_and_is_not_said_to_rest():
     nn.utils.parametrize.register_parametrization(model[1], "weight", nn.Softplus())
     assert [*trainable(freeze(model, "norm"))] == ["1.bias", "1.parametrizations.weight.original"]
     for policy in ("all-affine", "gamma", "all-beta"):
-        with pytest.raises(ValueError, match="the BatchNorm2d '1' computes its gamma or beta .* the nearest policy is 'norm'"): freeze(model, policy)
+        with pytest.raises(
+            ValueError, match="the BatchNorm2d '1' computes its gamma or beta .* the nearest policy is 'norm'"
+        ):
+            freeze(model, policy)
     own = net(RMSNorm((8,), "g"))
     nn.utils.parametrize.register_parametrization(own[1], "g", nn.Softplus())
     assert [*trainable(freeze(own, "norm"))] == ["1.parametrizations.g.original"]
 
 
 @pytest.mark.parametrize("arch", ["resnet8", "vgg11", "wrn10-1", "mlp2-10"])
-@pytest.mark.parametrize("other", [lambda c: nn.GroupNorm(1, c), lambda c: nn.Sequential(nn.GroupNorm(1, c)), nn.Identity], ids=["one", "row", "none"])
+@pytest.mark.parametrize(
+    "other",
+    [lambda c: nn.GroupNorm(1, c), lambda c: nn.Sequential(nn.GroupNorm(1, c)), nn.Identity],
+    ids=["one", "row", "none"],
+)
 def test_the_relu_stays_whatever_replaces_a_normalization(arch, other):
     model, seen = create_model(arch), []
     for m in [*model.modules()]:
@@ -136,13 +175,18 @@ def test_a_normalization_in_place_of_ours_keeps_the_function(arch):
 def test_parametrized_weights_and_tied_ones():
     for f in (parametrizations.weight_norm, parametrizations.spectral_norm):
         model = freeze(net(conv=f(nn.Conv2d(3, 8, 3))), "norm+output")
-        assert counts(model).trainable["all"] == 16 + 45 and counts(model).total["all"] == sum(p.numel() for p in model.parameters())
+        assert counts(model).trainable["all"] == 16 + 45 and counts(model).total["all"] == sum(
+            p.numel() for p in model.parameters()
+        )
         assert effective_weights(model).keys() == trainable_mask(model).keys()
         with pytest.raises(ValueError, match="need a plain weight, and '0' computes its own"): freeze(model, "random2")
 
 
 def test_hidden_layers_get_a_sentence():
-    for model, word in ((net(head=nn.LazyLinear(5)), "lazy"), (torch.jit.trace(net().eval(), torch.zeros(1, 3, 8, 8)), "ScriptModule")):
+    for model, word in (
+        (net(head=nn.LazyLinear(5)), "lazy"),
+        (torch.jit.trace(net().eval(), torch.zeros(1, 3, 8, 8)), "ScriptModule"),
+    ):
         for f in (lambda m: freeze(m, "norm"), counts):
             with pytest.raises(ValueError, match=word): f(model)
 
@@ -152,8 +196,17 @@ def test_random_entries_in_copies_and_pickles():
     f = io.BytesIO()
     torch.save(model, f)
     f.seek(0)
-    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), pickle.loads(pickle.dumps(copy.deepcopy(model))), torch.load(f, weights_only=False)):
-        assert torch.equal(again.eval()(x), model.eval()(x)) and counts(again).equals(counts(model)) and [*again.state_dict()] == [*model.state_dict()]
+    for again in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        pickle.loads(pickle.dumps(copy.deepcopy(model))),
+        torch.load(f, weights_only=False),
+    ):
+        assert (
+            torch.equal(again.eval()(x), model.eval()(x))
+            and counts(again).equals(counts(model))
+            and [*again.state_dict()] == [*model.state_dict()]
+        )
 
 
 def test_a_copy_is_unfrozen_without_the_model():
@@ -210,13 +263,25 @@ def test_tracing_changes_no_weight_and_nothing_within_containers_and_draws_from_
             self.count(x)
             self.kept["b"].append(x)
             self.kept["c"][0].append(x)
-            return self.fc(self.conv(x).mean((2, 3)) * torch.rand((), generator=self.torch) + self.numpy.random() + self.python.random())
+            return self.fc(
+                self.conv(x).mean((2, 3)) * torch.rand((), generator=self.torch)
+                + self.numpy.random()
+                + self.python.random()
+            )
     model = Odd()
-    model.count = model.count   # bound to the model itself
-    before, drawn = copy.deepcopy(model.state_dict()), (model.torch.get_state(), model.numpy.bit_generator.state, model.python.getstate())
+    model.count = model.count  # bound to the model itself
+    before, drawn = (
+        copy.deepcopy(model.state_dict()),
+        (model.torch.get_state(), model.numpy.bit_generator.state, model.python.getstate()),
+    )
     freeze(model, "output")
-    assert model.kept == dict(a=[[0]], b=deque([1]), c=([],)) and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    assert torch.equal(drawn[0], model.torch.get_state()) and drawn[1:] == (model.numpy.bit_generator.state, model.python.getstate())
+    assert model.kept == dict(a=[[0]], b=deque([1]), c=([],)) and all(
+        torch.equal(t, before[n]) for n, t in model.state_dict().items()
+    )
+    assert torch.equal(drawn[0], model.torch.get_state()) and drawn[1:] == (
+        model.numpy.bit_generator.state,
+        model.python.getstate(),
+    )
     assert [*trainable(model)] == ["fc.weight", "fc.bias"]
 
 
@@ -237,7 +302,8 @@ def test_statistics_hold_still_where_asked():
 
 def test_frozen_proves_it_and_puts_back():
     model = net()
-    with frozen(model, "random2") as same: assert same is model and [*trainable(model)] == ["0.parametrizations.weight.original"]
+    with frozen(model, "random2") as same:
+        assert same is model and [*trainable(model)] == ["0.parametrizations.weight.original"]
     assert len(trainable(model)) == 6
     with pytest.raises(RuntimeError, match="'0.weight' was frozen by 'norm' and moved"):
         with frozen(model, "norm"): model[0].weight.data += 1
@@ -247,7 +313,12 @@ def test_frozen_proves_it_and_puts_back():
 def test_another_number_of_classes_or_dtype_changes_nothing():
     model, other = (freeze(net(head=nn.Linear(8, n)), "norm+output") for n in (5, 6))
     before = copy.deepcopy(model.state_dict())
-    for tensors in (trained_state(other), {n: t.double() for n, t in trained_state(model).items()}, {n: t.numpy() for n, t in trained_state(model).items()}, dict.fromkeys(trained_state(model))):
+    for tensors in (
+        trained_state(other),
+        {n: t.double() for n, t in trained_state(model).items()},
+        {n: t.numpy() for n, t in trained_state(model).items()},
+        dict.fromkeys(trained_state(model)),
+    ):
         with pytest.raises(ValueError, match="use the spec they were trained with"): load_trained_state(model, tensors)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
@@ -276,22 +347,42 @@ def test_frozen_without_a_policy_keeps_what_freeze_froze():
 
 
 def learner_of(model, tmp_path, **how):
-    "A Learner with groups of layers, as fastai's vision_learner makes them; it has fitted, so its optimizer and gradients are there."
+    """A Learner with groups of layers, as fastai's vision_learner makes them; it has fitted, so its optimizer and
+    gradients are there."""
     from fastai.basics import DataLoaders, Learner
     from fastai.callback import fp16, progress, schedule   # noqa: F401
     g = torch.Generator().manual_seed(0)
     images = torch.utils.data.TensorDataset(torch.randn(32, 3, 8, 8, generator=g), torch.arange(32) % 5)
     groups = lambda m: [[*m[:1].parameters()], [*m[1:3].parameters()], [*m[3:].parameters()]]
-    learn = Learner(DataLoaders(*(torch.utils.data.DataLoader(images, 8) for _ in range(2))), model, nn.functional.cross_entropy,
-                    splitter=groups, path=tmp_path, **how)
+    learn = Learner(
+        DataLoaders(*(torch.utils.data.DataLoader(images, 8) for _ in range(2))),
+        model,
+        nn.functional.cross_entropy,
+        splitter=groups,
+        path=tmp_path,
+        **how,
+    )
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return learn
 
 
-WORKFLOWS = dict(fine_tune=lambda learn: learn.fine_tune(2), unfreeze=lambda learn: (learn.unfreeze(), learn.fit(1)), freeze_to=lambda learn: (learn.freeze_to(1), learn.fit(1)),
-                 lr_find=lambda learn: (learn.lr_find(num_it=8, show_plot=False), learn.fit(1)), one_cycle=lambda learn: learn.fit_one_cycle(1, slice(1e-3, 1e-2)),
-                 fp16=lambda learn: (learn.to_fp16(), learn.unfreeze(), learn.fit(1), learn.to_fp32()), within=lambda learn: learn.fit(1, cbs=Thaw()),
-                 checkpoint=lambda learn: (learn.save("it"), learn.unfreeze(), learn.fit(1), learn.load("it"), learn.unfreeze(), learn.fit(1)))
+WORKFLOWS = dict(
+    fine_tune=lambda learn: learn.fine_tune(2),
+    unfreeze=lambda learn: (learn.unfreeze(), learn.fit(1)),
+    freeze_to=lambda learn: (learn.freeze_to(1), learn.fit(1)),
+    lr_find=lambda learn: (learn.lr_find(num_it=8, show_plot=False), learn.fit(1)),
+    one_cycle=lambda learn: learn.fit_one_cycle(1, slice(1e-3, 1e-2)),
+    fp16=lambda learn: (learn.to_fp16(), learn.unfreeze(), learn.fit(1), learn.to_fp32()),
+    within=lambda learn: learn.fit(1, cbs=Thaw()),
+    checkpoint=lambda learn: (
+        learn.save("it"),
+        learn.unfreeze(),
+        learn.fit(1),
+        learn.load("it"),
+        learn.unfreeze(),
+        learn.fit(1),
+    ),
+)
 
 
 def Thaw():
@@ -310,11 +401,20 @@ def test_a_learner_stays_frozen_through_every_workflow(policy, optimizer, tmp_pa
     from functools import partial
 
     from fastai.optimizer import OptimWrapper
-    how = {} if optimizer == "fastai" else dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, weight_decay=.1)))
+
+    how = (
+        {}
+        if optimizer == "fastai"
+        else dict(opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1)))
+    )
     learn = learner_of(net(), tmp_path, wd=.1, **how)
     for name, work in WORKFLOWS.items():
         with frozen(learn, policy) as same, learn.no_bar(), learn.no_logging():
-            may, before, free_before = trainable_mask(learn.model), effective_weights(learn.model), [*trainable(learn.model)]
+            may, before, free_before = (
+                trainable_mask(learn.model),
+                effective_weights(learn.model),
+                [*trainable(learn.model)],
+            )
             work(learn)
             after = effective_weights(learn.model)
         assert same is learn and all(torch.equal(after[n] != b, may[n]) for n, b in before.items()), name
@@ -328,7 +428,10 @@ def test_frozen_lasts_where_it_is_called_without_with(tmp_path):
     frozen(learn, "output")
     before = effective_weights(learn.model)
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(1)
-    assert {n for n, t in effective_weights(learn.model).items() if not torch.equal(t, before[n])} == {"5.weight", "5.bias"}
+    assert {n for n, t in effective_weights(learn.model).items() if not torch.equal(t, before[n])} == {
+        "5.weight",
+        "5.bias",
+    }
 
 
 def test_a_checkpoint_of_another_base_is_noticed(tmp_path):

@@ -81,7 +81,8 @@ def test_an_image_is_predicted_from_a_tensor_an_array_a_picture_or_a_file(traine
             assert torch.allclose(found, p[7], atol=1e-2) and i == found.argmax() and name == digits.classes[int(i)]
     assert (trained.predict(x, with_input=True)[0]*255).round().byte().tolist() == x.permute(2, 0, 1).tolist()
     for bad in (torch.rand(8, 8), x[:7], x.expand(8, 8, 3)):
-        with pytest.raises(ValueError, match=r"an image to predict is torch.uint8 of the shape \(8, 8, 1\)"): trained.predict(bad)
+        with pytest.raises(ValueError, match=r"an image to predict is torch.uint8 of the shape \(8, 8, 1\)"):
+            trained.predict(bad)
     assert torch.equal(trained.get_preds()[0], p)
 
 
@@ -89,7 +90,11 @@ def test_an_image_is_predicted_from_a_tensor_an_array_a_picture_or_a_file(traine
 def test_the_images_of_the_largest_losses_are_drawn(trained, part):
     from fastai.interpret import ClassificationInterpretation
     from matplotlib import pyplot as plt
-    found, images = ClassificationInterpretation.from_learner(trained, ds_idx=int(part == "test")), getattr(load_data("digits"), part)
+
+    found, images = (
+        ClassificationInterpretation.from_learner(trained, ds_idx=int(part == "test")),
+        getattr(load_data("digits"), part),
+    )
     losses, at = found.top_losses(4)
     found.plot_top_losses(4)
     titles = [ax.get_title().split("/") for ax in plt.gcf().axes if ax.get_title()]
@@ -332,7 +337,9 @@ def test_checkpoints_of_unfinished_runs_in_the_repository_can_be_read(monkeypatc
         metadata, tensors = read_state(file)
         arch, policy, data, *rest = file.parent.name.split(",")
         spec = Spec(arch=arch, policy=policy, data=data, **dict(o.split("=") for o in rest))
-        load_trained_state(network(spec, known_shape(data)), {n[6:]: t for n, t in tensors.items() if n.startswith("moved/")})
+        load_trained_state(
+            network(spec, known_shape(data)), {n[6:]: t for n, t in tensors.items() if n.startswith("moved/")}
+        )
         assert metadata["rows"][-1]["epoch"] == len(metadata["rows"])
 
 

@@ -2,7 +2,16 @@
 import pytest
 import torch
 from bnonly.models import create_model
-from bnonly.policies import POLICIES, counts, effective_weights, trainable_mask, freeze, load_trained_state, trained_state, trainable
+from bnonly.policies import (
+    POLICIES,
+    counts,
+    effective_weights,
+    trainable_mask,
+    freeze,
+    load_trained_state,
+    trained_state,
+    trainable,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -69,7 +78,9 @@ def test_what_moved_and_the_seed_are_the_whole_network(policy):
 
 def test_another_policys_numbers_are_refused():
     with pytest.raises(ValueError, match="use the spec"):
-        load_trained_state(freeze(create_model("resnet14"), "bn"), trained_state(freeze(create_model("resnet14"), "output")))
+        load_trained_state(
+            freeze(create_model("resnet14"), "bn"), trained_state(freeze(create_model("resnet14"), "output"))
+        )
 
 
 def test_random_entries_follow_the_seed():

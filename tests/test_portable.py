@@ -24,7 +24,10 @@ CASES = 2_000
 
 @pytest.fixture(scope="module")
 def network():
-    model, x = freeze(create_model("resnet8", in_channels=1, seed=7), "bn"), torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model, x = (
+        freeze(create_model("resnet8", in_channels=1, seed=7), "bn"),
+        torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
     opt = torch.optim.SGD(trainable(model).values(), lr=.1)
     for _ in range(2):
         F.cross_entropy(model(x), torch.arange(16) % 10).backward()
@@ -37,9 +40,14 @@ def good(network, tmp_path_factory):
     return save_portable(network[0], tmp_path_factory.mktemp("portable") / "good.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("policy", ["bn", "all", "all-affine", "output", "random2+output", "scattered2", "none", "bn+shortcut+output"])
+@pytest.mark.parametrize(
+    "policy", ["bn", "all", "all-affine", "output", "random2+output", "scattered2", "none", "bn+shortcut+output"]
+)
 def test_logits_are_the_same_bits(policy, tmp_path):
-    model, x = freeze(create_model("resnet8", seed=2**63 - 1, init="orthogonal"), policy, seed=4), torch.randn(8, 3, 8, 8)
+    model, x = (
+        freeze(create_model("resnet8", seed=2**63 - 1, init="orthogonal"), policy, seed=4),
+        torch.randn(8, 3, 8, 8),
+    )
     opt = torch.optim.SGD([*trainable(model).values(), nn.Parameter(torch.zeros(1))], lr=.1, momentum=.9)
     for _ in range(3):
         loss = F.cross_entropy(model(x), torch.arange(8))
@@ -77,7 +85,11 @@ def test_two_thousand_odd_files_get_a_sentence_each(good, tmp_path, monkeypatch)
         else:   # the lie was another truth: only a name, a seed or an initialization that exists may differ
             assert KINDS[i % len(KINDS)] in (metadata_lied,), KINDS[i % len(KINDS)].__name__
             changed = {k for k, v in read(path)[0].items() if v != told[k]} - {"digest"}
-            assert changed <= {"seed", "entries", "compute", "policy"} and told["policy"] == "bn" and read(path)[1]["policy"] in ("bn", "norm"), changed
+            assert (
+                changed <= {"seed", "entries", "compute", "policy"}
+                and told["policy"] == "bn"
+                and read(path)[1]["policy"] in ("bn", "norm")
+            ), changed
     assert tracemalloc.get_traced_memory()[1] < 50e6 and not built
     tracemalloc.stop()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000   # kB, of the whole process
@@ -95,25 +107,42 @@ def test_a_giant_is_refused_before_it_is_built(network, tmp_path):
 
 # ---- any model
 
-TV = ("resnet18 vgg11_bn densenet121 mobilenet_v3_small efficientnet_b0 convnext_tiny vit_b_32 swin_t shufflenet_v2_x0_5 mnasnet0_5 regnet_y_400mf").split()
-TIMM = ("vit_tiny_patch16_224 convnext_atto resnetv2_50 resnet26d mobilevit_xxs efficientnet_lite0 vit_small_patch16_rope_224").split()
+TV = (
+    """resnet18 vgg11_bn densenet121 mobilenet_v3_small efficientnet_b0 convnext_tiny vit_b_32 swin_t
+    shufflenet_v2_x0_5 mnasnet0_5 regnet_y_400mf"""
+).split()
+TIMM = (
+    """vit_tiny_patch16_224 convnext_atto resnetv2_50 resnet26d mobilevit_xxs efficientnet_lite0
+    vit_small_patch16_rope_224"""
+).split()
 
 
 def make(name):
     if name in TV:
         import torchvision
         return getattr(torchvision.models, name)(num_classes=7)
-    return pytest.importorskip("timm", reason="timm is not installed (pip install 'bnonly[timm]')").create_model(name, num_classes=7)
+    return pytest.importorskip("timm", reason="timm is not installed (pip install 'bnonly[timm]')").create_model(
+        name, num_classes=7
+    )
 
 
 @pytest.mark.parametrize("name", TV + TIMM)
 def test_roles_of_other_peoples_models(name):
-    "The norms are those that their classes say, the output is what has seven logits, and `norm+output` frees just these."
-    with warnings.catch_warnings(action="ignore"), torch.device("cpu" if "regnet" in name else "meta"):   # torchvision's RegNet copies while it is built
+    """The norms are those that their classes say, the output is what has seven logits, and `norm+output` frees just
+    these."""
+    with (
+        warnings.catch_warnings(action="ignore"),
+        torch.device("cpu" if "regnet" in name else "meta"),
+    ):  # torchvision's RegNet copies while it is built
         model = make(name)
     found, params = roles(model), dict(model.named_parameters())
     kinds = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
-    norm = {f"{n}.{k}" for n, m in model.named_modules() if isinstance(m, kinds) for k, _ in m.named_parameters(recurse=False)}
+    norm = {
+        f"{n}.{k}"
+        for n, m in model.named_modules()
+        if isinstance(m, kinds)
+        for k, _ in m.named_parameters(recurse=False)
+    }
     assert norm and {n for n, r in found.items() if r in ("bn", "norm")} == norm
     output = {n for n, r in found.items() if r == "output"}
     assert output and all(len(params[n]) == 7 for n in output) and any(params[n].ndim > 1 for n in output)
@@ -158,9 +187,15 @@ def test_a_model_that_cannot_be_told_asks():
         freeze(backbone, "bn", output=())
 
 
-@pytest.mark.parametrize("change", [
-    lambda m: setattr(m, "fc", torch.nn.Linear(64, 5)), lambda m: m.double(), lambda m: setattr(m, "fc", torch.nn.Sequential(m.fc, torch.nn.Softmax(1))),
-    lambda m: [setattr(b, "eps", .1) for b in m.modules() if isinstance(b, torch.nn.BatchNorm2d)]])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m, "fc", torch.nn.Linear(64, 5)),
+        lambda m: m.double(),
+        lambda m: setattr(m, "fc", torch.nn.Sequential(m.fc, torch.nn.Softmax(1))),
+        lambda m: [setattr(b, "eps", 0.1) for b in m.modules() if isinstance(b, torch.nn.BatchNorm2d)],
+    ],
+)
 def test_a_network_that_was_changed_is_not_saved(change, tmp_path):
     "It would be refused when it is loaded, or compute something else."
     model = freeze(create_model("resnet8"), "bn+output")
@@ -182,7 +217,9 @@ def test_an_output_that_shares_its_weight_is_not_forgotten():
         def forward(self, x):
             return self.o(self.n(self.e(x)))
     assert counts(freeze(Tied(), "norm")).loc["all", "trainable"] == 8
-    with pytest.raises(ValueError, match="'output' trains nothing of Tied, whose roles are conv, norm; the nearest is 'norm'"):
+    with pytest.raises(
+        ValueError, match="'output' trains nothing of Tied, whose roles are conv, norm; the nearest is 'norm'"
+    ):
         freeze(Tied(), "norm+output")
 
 

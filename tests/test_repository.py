@@ -42,10 +42,14 @@ def names(source):
     "The modules of this package that some code imports, wherever in it."
     found = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import): found |= {a.name.removeprefix("bnonly.") for a in node.names if a.name.startswith("bnonly.")}
-        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").split(".")[0] == "bnonly"): continue
+        if isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("bnonly.") for a in node.names if a.name.startswith("bnonly.")}
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").split(".")[0] == "bnonly"):
+            continue
         inside = (node.module or "").removeprefix("bnonly").removeprefix(".")
-        found |= {inside} if inside else {a.name for a in node.names if (ROOT / f"bnonly/{a.name}.py").exists()}   # else the version
+        found |= (
+            {inside} if inside else {a.name for a in node.names if (ROOT / f"bnonly/{a.name}.py").exists()}
+        )  # else the version
     return found
 
 
@@ -152,17 +156,28 @@ def test_importing_bnonly_imports_nothing_else_and_tables_and_figures_do_without
 def test_export_and_clean_change_nothing(tmp_path):
     "The modules are what the notebooks say, and the notebooks are clean."
     for name in ("nbs", "bnonly"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     for command in ("nbdev-export", "nbdev-clean"):
         subprocess.run([Path(sys.executable).parent / command], cwd=tmp_path, check=True, capture_output=True)
     for file in [*(tmp_path / "nbs").glob("*.ipynb"), *(tmp_path / "bnonly").glob("*.py")]:
         assert file.read_text() == (ROOT / file.relative_to(tmp_path)).read_text(), file.name
-    assert len(list((tmp_path / "bnonly").iterdir())) == len([f for f in (ROOT / "bnonly").iterdir() if f.name != "__pycache__"])
+    assert len(list((tmp_path / "bnonly").iterdir())) == len(
+        [f for f in (ROOT / "bnonly").iterdir() if f.name != "__pycache__"]
+    )
 
 
-EXECUTED = "04_train", "07_accuracy", "08_affine", "10_mlp", "11_regularization", "12_claims"   # by papermill, for a study
+EXECUTED = (
+    "04_train",
+    "07_accuracy",
+    "08_affine",
+    "10_mlp",
+    "11_regularization",
+    "12_claims",
+)  # by papermill, for a study
 
 
 @pytest.mark.parametrize("notebook", [ROOT / f"nbs/{name}.ipynb" for name in EXECUTED], ids=lambda p: p.stem)
@@ -188,7 +203,8 @@ def test_the_readme_lists_every_variable_that_is_read():
 
 
 def test_every_cache_lies_in_one_folder(tmp_path, monkeypatch):
-    "Data sets, decoded images and kernels: where $BNONLY_CACHE says, else in the folder that the system has for caches."
+    """Data sets, decoded images and kernels: where $BNONLY_CACHE says, else in the folder that the system has for
+    caches."""
     from bnonly import native
     from bnonly.cache import cache_files
     from bnonly.data import data_dir
@@ -207,9 +223,28 @@ def test_every_cache_lies_in_one_folder(tmp_path, monkeypatch):
 
 def test_defaults_of_the_spec_never_change():
     "A run is named by what differs from these, so another default would rename finished runs."
-    then = dict(arch="resnet14", policy="bn", data="digits", seed=0, epochs=40, batch_size=128, lr=.1, momentum=.9,
-                weight_decay=1e-4, decay="all", schedule="step", init="he_normal", bn_init="uniform", norm="batch", patience=0,
-                act="relu", embedding_l2=0., functional_l2=0., standardize=0., dropout=0.)
+    then = dict(
+        arch="resnet14",
+        policy="bn",
+        data="digits",
+        seed=0,
+        epochs=40,
+        batch_size=128,
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=1e-4,
+        decay="all",
+        schedule="step",
+        init="he_normal",
+        bn_init="uniform",
+        norm="batch",
+        patience=0,
+        act="relu",
+        embedding_l2=0.0,
+        functional_l2=0.0,
+        standardize=0.0,
+        dropout=0.0,
+    )
     assert {f.name: f.default for f in fields(Spec)} == then
 
 

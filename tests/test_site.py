@@ -283,8 +283,17 @@ def test_odd_metrics_are_named_and_left_out(text, tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["[]", "[" * 100_000, "\0", "folder", "pipe"], ids=range(5))
 def test_odd_files_beside_records_stop_no_report_and_no_explorer(text, tmp_path, monkeypatch):
     folder = project(tmp_path / "project", monkeypatch)
-    names = ("lock", "claim-1.json", "train.ipynb", "features.safetensors", "trajectory.safetensors", "checkpoint.safetensors",
-             "failed.json", "robustness.csv", "record (conflicted copy).json")
+    names = (
+        "lock",
+        "claim-1.json",
+        "train.ipynb",
+        "features.safetensors",
+        "trajectory.safetensors",
+        "checkpoint.safetensors",
+        "failed.json",
+        "robustness.csv",
+        "record (conflicted copy).json",
+    )
     for run, name in zip(sorted(folder.iterdir()), names):
         (run / name).unlink(missing_ok=True)
         put(run / name, text)
@@ -294,15 +303,24 @@ def test_odd_files_beside_records_stop_no_report_and_no_explorer(text, tmp_path,
     for f in (explore.choices, explore.load): f.cache_clear()
     assert len(results("toy")) == 15 and len(explore.choices("toy")) == 14   # without the run whose features are odd
     assert len(channels("toy").folder.unique()) == 14 and settling("toy") is not None
-    assert len(unfinished("toy", preset("toy"))) == 12 and len(inputs("toy")) == 64 and "15 runs" in site("toy").read_text()
+    assert (
+        len(unfinished("toy", preset("toy"))) == 12
+        and len(inputs("toy")) == 64
+        and "15 runs" in site("toy").read_text()
+    )
 
 
 def test_arrays_that_do_not_go_together_are_made_again(tmp_path, monkeypatch):
     folder = project(tmp_path / "project", monkeypatch)
     run = sorted(folder.iterdir())[0]
     good = kept(run)
-    odd = [{n: a for n, a in good.items() if n != "beta"}, good | dict(gamma=good["gamma"][:-1]), good | dict(correct=good["correct"][:-1]),
-           good | dict(zero=good["zero"][:, None]), {n: a for n, a in good.items() if n != "tested"}]
+    odd = [
+        {n: a for n, a in good.items() if n != "beta"},
+        good | dict(gamma=good["gamma"][:-1]),
+        good | dict(correct=good["correct"][:-1]),
+        good | dict(zero=good["zero"][:, None]),
+        {n: a for n, a in good.items() if n != "tested"},
+    ]
     for arrays in odd:
         about = dict(seal=load_record(run)["seal"], digest=digest_of(arrays))
         (run / "features.safetensors").write_bytes(safetensors.numpy.save(arrays, about))
@@ -322,7 +340,8 @@ def test_a_run_that_was_copied_counts_once(tmp_path, monkeypatch):
     shutil.copytree(first, folder / f"{first.name} (conflicted copy 2026-01-01)")
     left = next(s for s in preset("toy") if s.arch == "resnet32")
     shutil.copytree(first, run_dir(left, "toy"))
-    with pytest.warns(UserWarning, match=f"is the record of another run, {first.name}; move it") as said: assert results("toy").equals(whole)
+    with pytest.warns(UserWarning, match=f"is the record of another run, {first.name}; move it") as said:
+        assert results("toy").equals(whole)
     assert len(said) == 2 and state(left, "toy") == "broken"
     with pytest.raises(BrokenRecord, match="another run"): load_record(run_dir(left, "toy"))
 
@@ -339,9 +358,15 @@ def test_numbers_of_json(tmp_path):
         read_json(tmp_path / "none")
 
 
-NOTEBOOKS = {"Untitled": "", "08_affine copy": "{", "16_mine": '{"cells": [\n<<<<<<< HEAD\n{}\n]}', "17_list": "[]",
-             "18_deep": "[" * 100_000, "19_odd": '{"cells": [{"metadata": 1}]}',
-             "20_cell": '{"cells": [{"cell_type": "code", "metadata": {}, "source": 1}], "metadata": {}, "nbformat": 4}'}
+NOTEBOOKS = {
+    "Untitled": "",
+    "08_affine copy": "{",
+    "16_mine": '{"cells": [\n<<<<<<< HEAD\n{}\n]}',
+    "17_list": "[]",
+    "18_deep": "[" * 100_000,
+    "19_odd": '{"cells": [{"metadata": 1}]}',
+    "20_cell": '{"cells": [{"cell_type": "code", "metadata": {}, "source": 1}], "metadata": {}, "nbformat": 4}',
+}
 
 
 @pytest.mark.parametrize("name, text", NOTEBOOKS.items(), ids=NOTEBOOKS)

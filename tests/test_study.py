@@ -33,8 +33,13 @@ def project(folder):
     "A project with one small study, and its command line."
     (folder / "settings.ini").write_text(MINI)
     shutil.copytree(ROOT / "nbs", folder / "nbs")
-    return lambda *args: subprocess.run([sys.executable, "-m", "bnonly", *args], cwd=folder, capture_output=True, text=True,
-                                        env=os.environ | {"BNONLY_RUNS": str(folder / "runs"), "CUDA_VISIBLE_DEVICES": ""})
+    return lambda *args: subprocess.run(
+        [sys.executable, "-m", "bnonly", *args],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"BNONLY_RUNS": str(folder / "runs"), "CUDA_VISIBLE_DEVICES": ""},
+    )
 
 
 @pytest.fixture
@@ -97,20 +102,42 @@ def test_the_first_page_opens_with_a_sentence_and_five_claims(here):
 
 
 def test_its_pages_in_a_browser(here, page):
-    "At 375 px nothing is wider than the screen, every link resolves, no request leaves, and the table of runs sorts and filters."
+    """At 375 px nothing is wider than the screen, every link resolves, no request leaves, and the table of runs sorts
+    and filters."""
     folder = here / "runs/mini/report"
     if not folder.exists():
         pytest.skip("the report of this module's first test is not there")
     files = sorted(folder.glob("*.html"))
-    assert {"index", "figures", "claims", "runs", "settings", "article", "00_experiment", "07_accuracy", "14_explore"} <= {f.stem for f in files}
+    assert {
+        "index",
+        "figures",
+        "claims",
+        "runs",
+        "settings",
+        "article",
+        "00_experiment",
+        "07_accuracy",
+        "14_explore",
+    } <= {f.stem for f in files}
     page.set_viewport_size(dict(width=375, height=800))
     ids, links = {}, []
     for file in files:
         page.goto(file.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= 375, file.name
         ids[file.name] = set(page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
-        links += [(file.name, o) for o in page.evaluate("[...document.querySelectorAll('a[href], img[src]')].map(e => e.getAttribute('href') || e.getAttribute('src'))")]
-        assert all(page.evaluate("Promise.all([...document.images].map(i => (i.loading = 'eager', i.decode().then(() => i.naturalWidth > 0, () => false))))")), file.name
+        links += [
+            (file.name, o)
+            for o in page.evaluate(
+                """[...document.querySelectorAll('a[href], img[src]')].map(e => e.getAttribute('href') ||
+                e.getAttribute('src'))"""
+            )
+        ]
+        assert all(
+            page.evaluate(
+                """Promise.all([...document.images].map(i => (i.loading = 'eager', i.decode().then(() => i.naturalWidth
+                > 0, () => false))))"""
+            )
+        ), file.name
     for name, link in set(links):
         target, _, anchor = unquote(link).partition("#")
         if re.match("https?://|data:|mailto:", link):
@@ -120,14 +147,24 @@ def test_its_pages_in_a_browser(here, page):
     assert not page.left and not page.errors
 
     page.goto((folder / "runs.html").as_uri())
-    cells = lambda what: page.evaluate("what => { const t = document.querySelector('table.runs'), i = [...t.tHead.rows[0].cells].findIndex(c => c.textContent === what);"
-                                       "return [...t.tBodies[0].rows].filter(r => !r.hidden).map(r => r.cells[i].textContent) }", what)
+    cells = lambda what: page.evaluate(
+        """what => { const t = document.querySelector('table.runs'), i = [...t.tHead.rows[0].cells].findIndex(c =>
+        c.textContent === what);"""
+        "return [...t.tBodies[0].rows].filter(r => !r.hidden).map(r => r.cells[i].textContent) }",
+        what,
+    )
     page.locator("th", has_text=re.compile("^accuracy$")).click()
-    assert [float(a) for a in cells("accuracy")] == sorted(float(a) for a in cells("accuracy")) and len(cells("accuracy")) == 12
+    assert [float(a) for a in cells("accuracy")] == sorted(float(a) for a in cells("accuracy")) and len(
+        cells("accuracy")
+    ) == 12
     page.locator("th", has_text=re.compile("^accuracy$")).click()
     assert [float(a) for a in cells("accuracy")] == sorted((float(a) for a in cells("accuracy")), reverse=True)
     page.fill(".filter input", "resnet8 =bn")
-    assert set(cells("arch")) == {"resnet8"} and set(cells("policy")) == {"bn"} and page.inner_text(".filter output") == "2"
+    assert (
+        set(cells("arch")) == {"resnet8"}
+        and set(cells("policy")) == {"bn"}
+        and page.inner_text(".filter output") == "2"
+    )
     page.emulate_media(media="print")
     assert page.locator("nav").is_hidden() and page.locator(".filter").is_hidden()
 
@@ -138,11 +175,18 @@ def test_a_mistake_is_answered_by_one_line(bnonly):
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("args,answer", [(["train", "--policy", "bm"], "the nearest is 'bn'"),
-                                         (["report", "mini"], "no finished run"), (["claims", "mini"], "no finished run"),
-                                         (["train", "--policy", "btachnorm"], "the nearest is 'bn'"),
-                                         (["figures", "minni"], "the nearest is 'mini'"), (["train", "--dtype", "float61"], "the nearest is 'float"),
-                                         (["train", "--device", "cpuu"], "the nearest is 'cpu'")])
+@pytest.mark.parametrize(
+    "args,answer",
+    [
+        (["train", "--policy", "bm"], "the nearest is 'bn'"),
+        (["report", "mini"], "no finished run"),
+        (["claims", "mini"], "no finished run"),
+        (["train", "--policy", "btachnorm"], "the nearest is 'bn'"),
+        (["figures", "minni"], "the nearest is 'mini'"),
+        (["train", "--dtype", "float61"], "the nearest is 'float"),
+        (["train", "--device", "cpuu"], "the nearest is 'cpu'"),
+    ],
+)
 def test_a_mistake_ends_in_one_sentence(args, answer, tmp_path, monkeypatch):
     (tmp_path / "settings.ini").write_text(MINI)
     (tmp_path / "nbs").symlink_to(ROOT / "nbs")
@@ -152,20 +196,39 @@ def test_a_mistake_ends_in_one_sentence(args, answer, tmp_path, monkeypatch):
     assert len(end.value.code.splitlines()) == 1   # a sentence as exit code: Python prints it and ends with 1
 
 
-@pytest.mark.parametrize("args,answer", [(["train", "--study", "../outside"], "the nearest is 'outside'"), (["train", "--study", ""], "is not a name of letters"),
-                                         (["claims", ""], "is not a name of letters"), (["figures", "demo"], "no finished run"),
-                                         (["study", "demo", "--workers", "-3", "--dry-run"], "--workers -3 .* between 0 and 10000"),
-                                         (["study", "demo", "--gpus-per-run", "-1"], "--gpus-per-run -1.0 "), (["study", "demo", "--hours", "nan"], "--hours nan "), (["bench", "--rounds", "0"], "--rounds 0 "),
-                                         (["study", "demo", "--engine", "rya", "--dry-run"], "the nearest is 'ray'"),
-                                         (["study", "demo", "--engine", "joblib"], "is not one of processes, ray")])
+@pytest.mark.parametrize(
+    "args,answer",
+    [
+        (["train", "--study", "../outside"], "the nearest is 'outside'"),
+        (["train", "--study", ""], "is not a name of letters"),
+        (["claims", ""], "is not a name of letters"),
+        (["figures", "demo"], "no finished run"),
+        (["study", "demo", "--workers", "-3", "--dry-run"], "--workers -3 .* between 0 and 10000"),
+        (["study", "demo", "--gpus-per-run", "-1"], "--gpus-per-run -1.0 "),
+        (["study", "demo", "--hours", "nan"], "--hours nan "),
+        (["bench", "--rounds", "0"], "--rounds 0 "),
+        (["study", "demo", "--engine", "rya", "--dry-run"], "the nearest is 'ray'"),
+        (["study", "demo", "--engine", "joblib"], "is not one of processes, ray"),
+    ],
+)
 def test_what_nothing_can_be_done_with_is_refused(args, answer):
     with pytest.raises(SystemExit, match=answer):
         main(args)
 
 
-@pytest.mark.parametrize("error,answer", [(ImportError("efficientnet needs timm."), "efficientnet needs timm."), (RuntimeError("it was taken over."), "it was taken over."),
-                                          (MemoryError(), "MemoryError"), (KeyboardInterrupt(), "what was finished is kept"),
-                                          (OSError("Exception occured in `Journal` when calling event `after_epoch`:\n\tthe disk is full."), "the disk is full.")])
+@pytest.mark.parametrize(
+    "error,answer",
+    [
+        (ImportError("efficientnet needs timm."), "efficientnet needs timm."),
+        (RuntimeError("it was taken over."), "it was taken over."),
+        (MemoryError(), "MemoryError"),
+        (KeyboardInterrupt(), "what was finished is kept"),
+        (
+            OSError("Exception occured in `Journal` when calling event `after_epoch`:\n\tthe disk is full."),
+            "the disk is full.",
+        ),
+    ],
+)
 def test_an_error_on_the_way_is_one_sentence(monkeypatch, error, answer):
     def fail(**_): raise error
     monkeypatch.setitem(COMMANDS, "train", fail)
@@ -174,8 +237,16 @@ def test_an_error_on_the_way_is_one_sentence(monkeypatch, error, answer):
     assert end.value.code == f"bnonly: {answer}" or isinstance(error, KeyboardInterrupt) and answer in end.value.code
 
 
-@pytest.mark.parametrize("args, answer", [(["studdy", "mini"], "the nearest is 'study'"), (["study", "mini", "--onlly", "policy=bn"], "the nearest is '--only'"),
-                                          (["train", "--xtra", "x"], "the nearest is '--"), (["--verison"], "the nearest is '"), (["train", "--polic", "bn"], "the nearest is '--policy'")])
+@pytest.mark.parametrize(
+    "args, answer",
+    [
+        (["studdy", "mini"], "the nearest is 'study'"),
+        (["study", "mini", "--onlly", "policy=bn"], "the nearest is '--only'"),
+        (["train", "--xtra", "x"], "the nearest is '--"),
+        (["--verison"], "the nearest is '"),
+        (["train", "--polic", "bn"], "the nearest is '--policy'"),
+    ],
+)
 def test_a_command_or_an_option_that_does_not_exist_ends_with_status_2(args, answer, capsys):
     with pytest.raises(SystemExit) as end:
         main(args)
@@ -202,7 +273,10 @@ def test_help_and_version(capsys):
 def test_training_is_told_a_device_and_a_type(monkeypatch):
     import torch
     told = {}
-    monkeypatch.setattr("bnonly.train.fit", lambda spec, study, **how: told.update(how, spec=spec) or dict(status="diverged", final=dict(accuracy=9.)))
+    monkeypatch.setattr(
+        "bnonly.train.fit",
+        lambda spec, study, **how: told.update(how, spec=spec) or dict(status="diverged", final=dict(accuracy=9.0)),
+    )
     main(["train", "--device", "cpu", "--dtype", "bfloat16", "--arch", "resnet8"])
     assert (told["device"], told["dtype"], told["spec"].arch) == (torch.device("cpu"), torch.bfloat16, "resnet8")
     main(["train"])
@@ -255,9 +329,16 @@ def test_a_report_without_its_figures_is_drawn_again():
 
 def test_runs_that_differ_in_a_small_coefficient_stand_apart_in_the_table():
     run = dict(policy="all", status="complete", norm="fixup-open", seed=0)
-    table = pd.DataFrame([run | dict(arch=a, standardize=s, accuracy=v) for a, s, v in (("resnet20", 0, 90), ("resnet8", .0001, 80), ("resnet8", 0, 70))])
+    table = pd.DataFrame(
+        [
+            run | dict(arch=a, standardize=s, accuracy=v)
+            for a, s, v in (("resnet20", 0, 90), ("resnet8", 0.0001, 80), ("resnet8", 0, 70))
+        ]
+    )
     assert accuracies(table).to_dict("split", index=False) == dict(
-        columns=["arch", "standardize", "all"], data=[["resnet8", 0, "70.0 (1)"], ["resnet8", .0001, "80.0 (1)"], ["resnet20", 0, "90.0 (1)"]])
+        columns=["arch", "standardize", "all"],
+        data=[["resnet8", 0, "70.0 (1)"], ["resnet8", 0.0001, "80.0 (1)"], ["resnet20", 0, "90.0 (1)"]],
+    )
 
 
 @pytest.mark.parametrize("study, said", [("demo", True), ("mlp", False), ("regularization-demo", False)])
@@ -315,7 +396,12 @@ def test_kill_ends_the_workers_too(tmp_path):
     "Two runs of a study, stopped by SIGTERM once both are locked."
     project(tmp_path)
     (tmp_path / "settings.ini").write_text(MINI.replace("epochs = 3", "epochs = 10000"))
-    study = subprocess.Popen([sys.executable, "-m", "bnonly", "study", "mini", "--workers", "2"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    study = subprocess.Popen(
+        [sys.executable, "-m", "bnonly", "study", "mini", "--workers", "2"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     locked = lambda: [f for f in runs_dir().glob("mini/*") if holder(f)]
     for _ in range(600):
         if len(locked()) == 2: break

@@ -199,7 +199,8 @@ def test_a_sweep_whose_time_is_over_keeps_what_was_trained_and_goes_on(monkeypat
     assert sweep("timed", [long, last], 1, say=quiet, hours=.5) == {} and missing("timed", [long, last]) == [long, last]
     metrics = run_dir(long, "timed") / "metrics.csv"
     before = metrics.read_text().splitlines()
-    with pytest.raises(KeyboardInterrupt): fit(long, "timed", cbs=[Stop(len(before))])   # an epoch more than are written down
+    with pytest.raises(KeyboardInterrupt):
+        fit(long, "timed", cbs=[Stop(len(before))])  # an epoch more than are written down
     after = metrics.read_text().splitlines()
     assert len(after) == len(before) + 1
     assert after[:2] == before[:2]   # the first epoch and its seconds: it was not trained again
@@ -295,7 +296,8 @@ def test_a_killed_sweep_is_cleared_by_the_next_one():
 
 
 def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, monkeypatch):
-    "Two nodes; one is killed as soon as the first run is there. What is set here reaches both, though they began before."
+    """Two nodes; one is killed as soon as the first run is there. What is set here reaches both, though they began
+    before."""
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
     from ray.cluster_utils import Cluster
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -338,7 +340,9 @@ def test_every_variable_is_passed_on_with_folders_that_hold_elsewhere(tmp_path, 
     listed = re.findall(r"(?m)^\| `(BNONLY_[A-Z]+)`", (ROOT / "README.md").read_text())
     for name in listed: monkeypatch.setenv(name, name.lower())
     told, folders = passed_on(), {"BNONLY_RUNS", "BNONLY_DATA", "BNONLY_CACHE"}
-    assert {n: told.get(n) for n in listed} == {n: str(tmp_path / n.lower()) if n in folders else n.lower() for n in listed}
+    assert {n: told.get(n) for n in listed} == {
+        n: str(tmp_path / n.lower()) if n in folders else n.lower() for n in listed
+    }
     (_, seen), = in_processes(lambda _: {n: os.environ.get(n) for n in listed}, ["?"], 1)
     assert seen == {n: n.lower() for n in listed} and folders < {*listed}
 
