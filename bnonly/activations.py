@@ -11,17 +11,18 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/09_activations.ipynb #e4070228
-from .accuracy import SERIES, plain
+from .accuracy_figures import SERIES
 from .affine import FAMILIES, PAIR, RESNETS, bar_figure, grid, heading, lacks, members
 from .experiment import Spec, summary
 from .features import SILENT
+from .recipes import single_recipe
 from .figures import SPREAD, empty, footnote, styled
 
 # %% ../nbs/09_activations.ipynb #fad32a95
 def relus(features:pd.DataFrame   # as `channels` gives it
          ) -> pd.DataFrame:
     "The channels that have a ReLU whose rate was measured, of runs of one recipe."
-    return plain(features[features.policy.isin(PAIR) & features.zero.notna()])
+    return single_recipe(features[features.policy.isin(PAIR) & features.zero.notna()])
 
 def silent(features:pd.DataFrame   # as `channels` gives it
           ) -> pd.DataFrame:       # one row a run, with the share in percent

@@ -16,7 +16,7 @@ import torch
 # %% ../nbs/07_campaign.ipynb #dfba7d18
 from .data import load_data
 from .experiment import Spec, preset, run_dir, runs_dir, write
-from .features import analyse
+from .analysis import analyse
 from .machine import default_device, machine
 from .sweep import Line, select, state, sweep
 from .train import Callback, CancelFitException, default_dtype, learner

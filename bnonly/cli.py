@@ -35,7 +35,7 @@ def train(study: str = "scratch",   # the folder under runs/ that keeps the reco
           **fields):
     "Train one run."
     import torch
-    from .features import analyse
+    from .analysis import analyse
     from .distributed import own_share
     from .train import fit
     spec = Spec(**fields)
@@ -65,7 +65,7 @@ def study(name: str,                     # a section of settings.ini, e.g. demo,
           gpus_per_run: float = 0,       # with ray: GPUs for each run, e.g. 0.2
           dry_run: bool = False):        # list the runs that are missing and train nothing
     "Train what a study still lacks."
-    from .features import analyse
+    from .analysis import analyse
     from .sweep import ENGINES, Line, clock, expected, missing, own_cores, retry, select, state, sweep
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"study {name} cannot train each run on several processes; "
@@ -134,14 +134,14 @@ def report(name: str):   # a section of settings.ini, e.g. demo, short, paper
 
 def explore(port: int = 8866):   # of the page on this machine
     "Turn a run over in a browser."
-    from .explore import serve
-    from .features import analyse_study
+    from .analysis import analyse_study
+    from .explorer_page import serve_explorer
     from .sweep import Line
     try:
         analyse_study("scratch", Line())   # a study analyses its runs; those that were trained one by one wait for this
     except (OSError, ValueError, RuntimeError) as e:
         print(f"bnonly: not every run of scratch could be analysed: {e}", file=sys.stderr)
-    serve(port)
+    serve_explorer(port)
 
 
 def bench(archs: str = "resnet14,resnet56,wrn14-4,vgg11",   # networks

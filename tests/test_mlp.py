@@ -8,7 +8,8 @@ from bnonly import claims as cl
 from bnonly import mlp
 from bnonly.figures import drawn
 from bnonly.experiment import Spec, run_dir
-from bnonly.features import analyse, channels, restore
+from bnonly.analysis import analyse, channels
+from bnonly.features import restore
 from bnonly.models import create_model
 from bnonly.policies import counts, dense, free, freeze
 from bnonly.train import fit, hold_out
@@ -279,11 +280,8 @@ def test_figures_say_what_is_missing():
         fig = mlp.depth_figure(table, 10, plan)
         return " ".join(" ".join(t.get_text() for t in fig.texts).split()) + fig.get_label()
     assert "1 of 2 planned runs of this figure are not measured; every point has at least one." in words(plan[:2])
-    assert (
-        """4 of 5 planned runs of this figure are not measured; none for “All parameters, without BatchNorm”;
-        “BatchNorm only” (mlp4-10)."""
-        in words(plan)
-    )
+    without = "none for “All parameters, without BatchNorm”; “BatchNorm only” (mlp4-10)."
+    assert f"4 of 5 planned runs of this figure are not measured; {without}" in words(plan)
     assert "Every planned run of this figure is complete." in words(plan[:1])
     assert "plans none of these runs" in " ".join(
         t.get_text() for t in mlp.depth_figure(table, 784, plan).axes[0].texts

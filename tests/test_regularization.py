@@ -10,7 +10,8 @@ from torch import nn
 from bnonly.claims import MEASURES, REGULARIZATION, ledger
 from bnonly.data import BrokenData, load_data
 from bnonly.experiment import ACTS, NORMS, Spec, history, parse_arch, results, run_dir
-from bnonly.features import analyse, channels, restore
+from bnonly.analysis import analyse, channels
+from bnonly.features import restore
 from bnonly.models import BatchNormAct, BiasAct, Shortcut, Swish, Swished, branches, create_model, roles
 from bnonly.penalties import divergence, mask
 from bnonly.policies import counts, freeze

@@ -15,8 +15,9 @@ from bnonly.experiment import Spec, preset
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-LIGHT = ("checked", "experiment", "features", "accuracy", "affine", "activations", "mlp", "claims", "explore", "pages",
-         "captions", "findings", "report", "cli")   # import no torch: tables, figures, the report and the command line
+LIGHT = ("checked", "experiment", "features", "analysis", "recipes", "accuracy", "accuracy_figures", "affine",
+         "activations", "mlp", "claims",
+         "explore", "explorer_page", "pages", "captions", "findings", "report", "cli")   # import no torch: tables, figures, the report and the command line
 
 
 def cells(notebook, kind="code"):
