@@ -24,7 +24,8 @@ from .experiment import Spec, choose, parse_arch, results, runs_dir, write
 from .features import SILENT
 from .measures import KINDS, ON, Item
 from .recipes import single_recipe
-from .regularization import at_start, robust
+from .regularization import at_start
+from .robustness import with_robustness
 from .selections import FAMILIES, FREE, select
 from .shapes import convolutions, sizes
 
@@ -61,7 +62,7 @@ def gather(study:str) -> pd.DataFrame:
     "The table that a study's claims are measured on; `paper` and `imagenet` share one."
     studies = BOTH_FAMILIES if study in BOTH_FAMILIES else (study,)
     read = lambda of: pd.concat([t for s in studies if len(t := of(s))] or [of(study)], ignore_index=True)
-    return per_run(robust(read(results)), read(analysis.channels), read(analysis.clamped))
+    return per_run(with_robustness(read(results)), read(analysis.channels), read(analysis.clamped))
 
 # %% ../nbs/12_claims.ipynb #a4ed9acc
 class Claim(NamedTuple):

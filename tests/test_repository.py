@@ -16,7 +16,7 @@ from bnonly.experiment import Spec, preset
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 LIGHT = ("checked", "experiment", "features", "analysis", "recipes", "accuracy", "accuracy_figures", "affine",
-         "activations", "mlp", "mlp_figures", "claims",
+         "activations", "mlp", "mlp_figures", "regularization", "regularization_figures", "robustness", "claims",
          "explore", "explorer_page", "pages", "captions", "findings", "report", "cli")   # import no torch: tables, figures, the report and the command line
 
 
