@@ -18,11 +18,12 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/08_affine.ipynb #a2d16779
-from .accuracy import ALL, BN, SERIES, family, gaps, images, panels, papers_recipe, plain
+from .accuracy_figures import ALL, BN, SERIES, images, missing_runs
 from .experiment import Spec, parse_arch, summary
 from .features import SILENT, THRESHOLDS
 from .figures import SPREAD, WIDTH, corner, empty, footnote, legend, styled
 from .prices import TRAINING
+from .recipes import family, panels, papers_recipe, single_recipe
 
 # %% ../nbs/08_affine.ipynb #cc20bab2
 PAIR = "all", "bn"   # the two policies of these figures
@@ -45,7 +46,7 @@ def members(table, panel) -> list:   # of arch
 # %% ../nbs/08_affine.ipynb #1a1f902d
 def lacks(plan:list, features:pd.DataFrame, *families:str) -> list[str]:
     "What a figure of both policies has to do without."
-    return gaps(plan, features.drop_duplicates("folder").assign(status="complete"), (ALL, BN), families)
+    return missing_runs(plan, features.drop_duplicates("folder").assign(status="complete"), (ALL, BN), families)
 
 # %% ../nbs/08_affine.ipynb #3e261bdc
 def case(table, panel, favourite):
@@ -100,7 +101,7 @@ def fig04(features:pd.DataFrame,   # as `channels` gives it
           plan:list=()             # the runs of the study, to say what is missing
          ) -> plt.Figure:
     "The distribution of gamma in one deep network of each family (the paper's Figure 4)."
-    own = plain(features[features.policy.isin(PAIR)])
+    own = single_recipe(features[features.policy.isin(PAIR)])
     cases = {p: case(own, p, a) for p,a in FAVOURITES.items()}
     missing = lacks([s for s in plan if s.arch in (*FAVOURITES.values(), *cases.values())], features, *FAVOURITES)
     missing += [f"{a} stands in for {FAVOURITES[p]}" for p,a in cases.items() if a and a != FAVOURITES[p]]
@@ -180,7 +181,7 @@ def fig05(features:pd.DataFrame,   # as `channels` gives it
           plan:list=()             # the runs of the study, to say what is missing
          ) -> plt.Figure:
     "The share of gammas below three thresholds, by depth and width (the paper's Figure 5)."
-    own, missing = plain(features[features.policy.isin(PAIR)]), lacks(plan, features, *RESNETS)
+    own, missing = single_recipe(features[features.policy.isin(PAIR)]), lacks(plan, features, *RESNETS)
     fig = None
     if len(own):
         stats, series = by_threshold(small_gammas(own), "share", lambda p, t: f"{SERIES[p][0]}, t = {t}", PAPER_SMALL)
@@ -193,7 +194,7 @@ def fig06(curves:pd.DataFrame,   # as `clamped` gives it
           plan:list=()           # the runs of the study, to say what is missing
          ) -> plt.Figure:
     "How accuracy changes when small gammas are set to zero (the paper's Figure 6)."
-    own, missing = plain(curves[curves.policy.isin(PAIR)]).assign(status="complete"), lacks(plan, curves, *RESNETS)
+    own, missing = single_recipe(curves[curves.policy.isin(PAIR)]).assign(status="complete"), lacks(plan, curves, *RESNETS)
     fig = None
     if len(own):
         stats, series = by_threshold(own, "change", lambda p, t: f"{SERIES[p][0]}, |γ| < {t}")
@@ -244,7 +245,7 @@ def distributions(features:pd.DataFrame,   # as `channels` gives it
                  ) -> plt.Figure:
     "The distribution of gamma or beta for every network of a family (the paper's Figures 15 to 22)."
     value, panel = DISTRIBUTIONS[name]
-    own, missing = plain(features[features.policy.isin(PAIR)]), lacks(plan, features, panel)
+    own, missing = single_recipe(features[features.policy.isin(PAIR)]), lacks(plan, features, panel)
     if not members(own, panel): return empty(f"The distribution of {value} in {FAMILIES[panel]}", *missing)
     return footnote(grid(own, panel, lambda ax, rows, p: histogram(ax, rows, value, p)), "all seeds together", *missing)
 
@@ -252,7 +253,7 @@ def distributions(features:pd.DataFrame,   # as `channels` gives it
 def relus(features:pd.DataFrame   # as `channels` gives it
          ) -> pd.DataFrame:
     "The channels that have a ReLU whose rate was measured, of runs of one recipe."
-    return plain(features[features.policy.isin(PAIR) & features.zero.notna()])
+    return single_recipe(features[features.policy.isin(PAIR) & features.zero.notna()])
 
 def silent(features:pd.DataFrame   # as `channels` gives it
           ) -> pd.DataFrame:       # one row a run, with the share in percent
@@ -342,7 +343,7 @@ def matched(spec:Spec) -> float:
 def several_decays(table:pd.DataFrame   # as `channels` or `clamped` gives it
                   ) -> pd.DataFrame:
     "The runs of the deepest network whose BatchNorm was trained alone under more than one weight decay."
-    own = plain(table[table.policy.isin(PAIR)], free=("weight_decay",))
+    own = single_recipe(table[table.policy.isin(PAIR)], free=("weight_decay",))
     archs = [a for a,g in own[own.policy == "bn"].groupby("arch") if g.weight_decay.nunique() > 1]
     return own[own.arch == max(archs, key=lambda a: parse_arch(a)[1:])] if archs else own[:0]
 

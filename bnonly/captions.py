@@ -57,22 +57,22 @@ THE_PAPERS = {   # family to what the paper trained
 @lru_cache
 def captions() -> dict:
     "Name of each of the paper's figures to what it shows and its families."
-    from .accuracy import LAYOUTS
+    from .accuracy_figures import LAYOUTS
     families = {n: dict.fromkeys(f.split()[0] for f, _ in layout.panels) for n, layout in LAYOUTS.items()}
     return CAPTIONS | {n: (layout.title, " ".join(families[n])) for n, layout in LAYOUTS.items()}
 
 
 def _families(arch: str) -> set:
-    from .accuracy import family
+    from .recipes import family
     found = {panel.split()[0] for panel, *_ in family(arch)}
     return found or ({"small"} if parse_arch(arch).width < 1 else set())
 
 
 def stand_ins(table) -> dict:
     "What a study (`results`) has in place of each of the paper's families, in a phrase."
-    from .accuracy import plain
     from .figures import seeds
-    table, found = plain(table, free=("bn_init",)), {}
+    from .recipes import single_recipe
+    table, found = single_recipe(table, free=("bn_init",)), {}
     for name in THE_PAPERS:
         rows = table[(table.status == "complete") & table.arch.map(lambda a: name in _families(a)).astype(bool)]
         if not len(rows):
@@ -99,7 +99,7 @@ def described(file: Path, instead: dict) -> dict|None:
     from PIL import Image
     try:
         with Image.open(file) as image:
-            (width, height), note = image.size, str(image.info.get("Description", ""))   # as `accuracy.save` keeps it
+            (width, height), note = image.size, str(image.info.get("Description", ""))   # as `figures.save` keeps it
     except (OSError, ValueError, Image.DecompressionBombError) as e:
         return warnings.warn(f"{file} is left out: {e}")
     kinds = dict(csv="data (CSV)", svg="SVG", png="PNG")

@@ -18,11 +18,14 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/12_claims.ipynb #a5d7fe64
-import bnonly.features as features
-from .accuracy import interval, plain
+import bnonly.analysis as analysis
+from .accuracy import interval
 from .experiment import Spec, choose, parse_arch, results, runs_dir, write
+from .features import SILENT
 from .measures import KINDS, ON, Item
-from .regularization import at_start, robust
+from .recipes import single_recipe
+from .regularization import at_start
+from .robustness import with_robustness
 from .selections import FAMILIES, FREE, select
 from .shapes import convolutions, sizes
 
@@ -33,7 +36,7 @@ def _of_channels(own:pd.DataFrame) -> dict:
     found = dict(mean=g.mean(), sd=g.std(), positive=share(g > 0), negative=share(g < 0),
                  small01=share(g.abs() < .01), small05=share(g.abs() < .05))
     if "beta" in own: found["beta05"] = share(own.beta.abs() < .05)
-    zero, limit = own.zero.dropna() if "zero" in own else [], features.SILENT
+    zero, limit = own.zero.dropna() if "zero" in own else [], SILENT
     if len(zero) == 0: return found
     return found | dict(silent=share(zero > limit), fixed=share((zero > limit) | (zero < 1-limit)),
                         sometimes=share((zero > .3) & (zero < .9)))
@@ -59,7 +62,7 @@ def gather(study:str) -> pd.DataFrame:
     "The table that a study's claims are measured on; `paper` and `imagenet` share one."
     studies = BOTH_FAMILIES if study in BOTH_FAMILIES else (study,)
     read = lambda of: pd.concat([t for s in studies if len(t := of(s))] or [of(study)], ignore_index=True)
-    return per_run(robust(read(results)), read(features.channels), read(features.clamped))
+    return per_run(with_robustness(read(results)), read(analysis.channels), read(analysis.clamped))
 
 # %% ../nbs/12_claims.ipynb #a4ed9acc
 class Claim(NamedTuple):
@@ -271,7 +274,7 @@ def ledger(runs:pd.DataFrame,              # as `gather` gives it
            claims:Iterable[Claim]=CLAIMS
           ) -> pd.DataFrame:               # one row a claim
     "Every claim beside what was measured, and its verdict."
-    own, first = plain(runs, FREE) if len(runs) else runs, {}
+    own, first = single_recipe(runs, FREE) if len(runs) else runs, {}
     # a method of 11_regularization is a recipe of its own
     return pd.DataFrame([_row(c, MEASURES[c.kind](runs if c.on else own, c), first) for c in claims])
 

@@ -32,9 +32,9 @@ def train(study: str = "scratch",   # the folder under runs/ that keeps the reco
           **fields):
     "Train one run."
     import torch
+    from .analysis import analyse
     from .distributed import own_share
     from .experiment import Spec, choose
-    from .features import analyse
     from .train import fit
     spec = Spec(**fields)
     record = fit(spec, study, device=usable(device) if device else None,
@@ -65,8 +65,8 @@ def study(name: str,                     # a section of settings.ini, e.g. demo,
           hours: float = 0,              # after which to stop; what comes first in the study is trained first
           dry_run: bool = False):        # list the runs that are missing and train nothing
     "Train what a study still lacks."
+    from .analysis import analyse
     from .experiment import choose, preset, results
-    from .features import analyse
     from .pace import Line, clock, expected
     from .sweep import ENGINES, missing, own_cores, retry, select, state, sweep
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -138,14 +138,14 @@ def report(name: str):   # a section of settings.ini, e.g. demo, short, paper
 
 def explore(port: int = 8866):   # of the page on this machine
     "Turn a run over in a browser."
-    from .explore import serve
-    from .features import analyse_study
+    from .analysis import analyse_study
+    from .explorer_page import serve_explorer
     from .pace import Line
     try:
         analyse_study("scratch", Line())   # a study analyses its runs; those that were trained one by one wait for this
     except (OSError, ValueError, RuntimeError) as e:
         print(f"bnonly: not every run of scratch could be analysed: {e}", file=sys.stderr)
-    serve(port)
+    serve_explorer(port)
 
 
 def bench(archs: str = "resnet14,resnet56,wrn14-4,vgg11",   # networks

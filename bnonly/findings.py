@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from .accuracy import panels, plain, shown, verdict
+from .accuracy import shown, verdict
 from .claims import once
 from .experiment import Spec, parse_arch, summary
 from .pages import as_table, verdict_kind
+from .recipes import panels, single_recipe
 
 HEADLINES = dict(   # first word of a study's name to its five claims
     mlp=("mlp-bn-over-random", "mlp784-over-90", "mlp-norm-helps", "mlp100-over-10", "lenet-bn"),
@@ -42,7 +43,7 @@ def headline(found, study: str):
 def comparisons(plan: list, table):
     "The four comparisons of the paper's Figure 2 for the networks of a plan; `table` as `results` gives it."
     rows = pd.DataFrame([dict(asdict(s), key=s.key) for s in plan], columns=[*Spec.__dataclass_fields__, "key"])
-    wanted = plain(rows)
+    wanted = single_recipe(rows)
     own = table[[Path(f).name in set(wanted.key) for f in table.folder]]
     measured = {(r["arch"], r["policy"]): r for r in summary(own).to_dict("records")} if len(own) else {}
     planned, pairs = set(zip(wanted.arch, wanted.policy)), {}

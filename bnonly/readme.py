@@ -46,9 +46,11 @@ def lessons(project: Path, at: str = "nbs/") -> str:   # at: where the links lea
 def results_table(project: Path) -> str:
     "Accuracy of each network and policy of CIFAR-10, by epochs, beside the paper's text."
     import pandas as pd
-    from .accuracy import papers, plain, shown
+    from .accuracy import shown
+    from .accuracy_figures import paper_value
     from .experiment import results, summary
-    points = summary(plain(pd.concat(map(results, STUDIES)), free=("epochs",)))
+    from .recipes import single_recipe
+    points = summary(single_recipe(pd.concat(map(results, STUDIES)), free=("epochs",)))
     points = points[points.bn_init == "uniform"]
     ages, images = sorted(set(points.epochs)), " and ".join(sorted(set(points.images)))
     networks = sorted(set(points.arch), key=lambda arch: (parse_arch(arch).width, parse_arch(arch).depth))
@@ -57,7 +59,7 @@ def results_table(project: Path) -> str:
         for policy in [p for p in POLICIES if p in set(points[points.arch == arch].policy)]:
             own = points[(points.arch == arch) & (points.policy == policy)]
             cells = {r["epochs"]: shown(r["mean"], r["sd"], r["n"]) for r in own.to_dict("records")}
-            said = papers(own.iloc[0].to_dict())
+            said = paper_value(own.iloc[0].to_dict())
             rows.append([arch, policy, *(cells.get(age, "") for age in ages), "" if said is None else f"{said:g}"])
     head = ["network", "what trains", *(f"{age} epochs" for age in ages), "the paper, 160 epochs"]
     return (f"Test accuracy (%) on {images} at the last epoch, mean ± standard deviation (n), from the records in "

@@ -126,8 +126,8 @@ FIRST = "fig02", "fig01", "fig_mlp3"   # the first of them that a study has open
 
 def overview(study: str, found=None) -> Path:
     "Write the first page; `found` as `claims` gives it."
-    from .accuracy import left_out
     from .claims import tally
+    from .recipes import other_recipes
     found = claims(study) if found is None else found
     table, sealed, plan, left = results(study), records(study), preset(study), unmeasured(study)
     drawn = pictures(runs_dir() / study / "figures")
@@ -139,7 +139,7 @@ def overview(study: str, found=None) -> Path:
         "overview.html", study, "index", f"bnonly: {study}", verdict=one_sentence(table, compared, found),
         headline=headline(found, study), figures=len(drawn), missing=counts if left else None,
         made_of=f"{len(table)} runs, {table.seconds.sum()/60:.0f} minutes of training on {'; '.join(sorted(hosts))}.",
-        besides=left_out(table) if drawing(study) == drawing(MAIN) else "",   # other papers' figures show other recipes
+        besides=other_recipes(table) if drawing(study) == drawing(MAIN) else "",   # other papers show other recipes
         figure=described(first[0], stand_ins(table)) if first else None,
         accuracy=as_table(numbers, numbers=[c for c in numbers if c != "arch"], digits="{:g}"),
         comparisons=as_table(compared, ("first", "second"), ("here",)) if len(compared) else None,
@@ -226,7 +226,7 @@ def inputs(study: str) -> str:
 
 def figures(study: str, say=print) -> Path:
     "Draw every figure of a study by executing the notebooks that draw; their folder. `say` is called with progress."
-    from .features import analyse_study
+    from .analysis import analyse_study
     finished(study)
     todo = drawing(study)
     if "08_affine" in todo:

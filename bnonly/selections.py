@@ -5,16 +5,17 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .accuracy import DEEP, IMAGENET, VGG, WIDE, family, papers_recipe
+from .accuracy import DEEP, IMAGENET, VGGS, WIDE
 from .experiment import BN_INITS, INITS, NORMS, Spec, parse_arch
 from .mlp import mlps
+from .recipes import family, papers_recipe
 
 
 MLPS = dict(mlp10=mlps(10), mlp100=mlps(100), mlp784=mlps(784), mlps=mlps(10, 100, 784), mlp784deep=mlps(784)[1:])
 SMALL = ("wrn20-0.125 wrn32-0.125 wrn68-0.125 wrn128-0.125 wrn248-0.125 wrn20-0.25 wrn32-0.25 wrn68-0.25 "
          "wrn20-0.5").split()   # of Figure 10
 CIFAR = [*DEEP, *WIDE[1:]]
-FAMILIES = MLPS | dict(small=SMALL, deep=DEEP, wide=WIDE, cifar=CIFAR, imagenet=IMAGENET, vgg=VGG,
+FAMILIES = MLPS | dict(small=SMALL, deep=DEEP, wide=WIDE, cifar=CIFAR, imagenet=IMAGENET, vgg=VGGS,
                        resnets=[*CIFAR, *IMAGENET])
 PANELS = dict(deep=("ResNet",), wide=("WRN",), cifar=("ResNet", "WRN"), imagenet=("ImageNet ResNet",), vgg=("VGG",),
               resnets=("ResNet", "WRN", "ImageNet ResNet"))   # what stands in for a family in a small study

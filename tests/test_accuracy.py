@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from bnonly import accuracy as acc
+from bnonly import accuracy_figures as figs
+from bnonly import recipes
 from bnonly.experiment import Spec, runs_dir
 from bnonly.figures import draw_table, drawn, save_table
 from bnonly.models import build
@@ -76,7 +78,7 @@ def test_a_point_is_the_mean_over_complete_runs():
         ("resnet14", "bn", 0, 47), ("resnet14", "bn", 1, 49), ("resnet32", "bn", 0, 60), ("resnet14", "bn", 2, 10)
     )
     table.loc[3, "status"] = "diverged"
-    got = acc.points(table, acc.LAYOUTS["fig02"]).set_index("arch")
+    got = figs.points(table, figs.LAYOUTS["fig02"]).set_index("arch")
     assert got.loc["resnet14", ["mean", "n"]].tolist() == [48, 2] and got.loc["resnet14", "sd"] == pytest.approx(2**.5)
 
 
@@ -84,7 +86,7 @@ def test_other_recipes_are_not_among_the_points():
     table = pd.concat(
         [runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60)), runs(("resnet14", "bn", 0, 5), weight_decay=0)]
     )
-    assert acc.points(table, acc.LAYOUTS["fig02"]).set_index("arch").loc["resnet14", "mean"] == 50
+    assert figs.points(table, figs.LAYOUTS["fig02"]).set_index("arch").loc["resnet14", "mean"] == 50
 
 
 def test_a_figure_says_what_it_lacks():
@@ -97,23 +99,23 @@ def test_a_figure_says_what_it_lacks():
         ("resnet14", "all", 0, 90),
         ("resnet14", "all", 1, 90),
     )
-    layout = acc.LAYOUTS["fig12"]
-    told = acc.gaps(plan, table, layout.lines, [f for f, _ in layout.panels])
-    assert told == [
+    layout = figs.LAYOUTS["fig12"]
+    said = figs.missing_runs(plan, table, layout.lines, [f for f, _ in layout.panels])
+    assert said == [
         "planned and not measured yet: all of resnet32; bn of resnet32 (1 of 2 seeds)",
         "not in this study: bn+shortcut+output of resnet14, resnet32; shortcut+output of resnet14, resnet32",
         "no network of the family: ImageNet ResNet",
     ]  # ResNet-14 is the first of the wide ones
-    assert all(o in acc.accuracy_figure("fig12", table, plan).get_label() for o in told)
+    assert all(o in figs.accuracy_figure("fig12", table, plan).get_label() for o in said)
     done = runs(*((s.arch, s.policy, s.seed, 50) for s in plan))
-    assert acc.gaps(plan, done, (acc.ALL, acc.BN), ["ResNet"]) == []
-    assert acc.gaps(plan, done.assign(status="diverged"), (acc.BN,), ["ResNet"]) == [
+    assert figs.missing_runs(plan, done, (figs.ALL, figs.BN), ["ResNet"]) == []
+    assert figs.missing_runs(plan, done.assign(status="diverged"), (figs.BN,), ["ResNet"]) == [
         "planned and not measured yet: bn of resnet14, resnet32"
     ]
 
 
 def test_no_panel_is_lost_and_none_is_drawn_twice():
-    shown = lambda *archs: list(dict.fromkeys(acc.panels(pd.DataFrame(dict(arch=archs))).panel))
+    shown = lambda *archs: list(dict.fromkeys(recipes.panels(pd.DataFrame(dict(arch=archs))).panel))
     assert (
         shown("resnet14") == ["ResNet"]
         and shown("resnet14", "resnet32") == ["ResNet"]
@@ -143,10 +145,10 @@ def test_no_field_of_the_recipe_is_mixed(field, other):
     one = runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60), **usual)
     two = runs(*(("resnet14", "bn", s, 10) for s in range(3)), **usual | {field: other})
     table = pd.concat([two, one])
-    means = lambda t: acc.points(t, acc.LAYOUTS["fig02"])["mean"].tolist()
+    means = lambda t: figs.points(t, figs.LAYOUTS["fig02"])["mean"].tolist()
     assert means(table) == [50, 60] == acc.budgets(table)["mean"].tolist()
-    assert means(two) == [10] and f"{field} {other if isinstance(other, str) else f'{other:g}'}" in acc.left_out(table)
-    assert acc.left_out(one) == ""
+    assert means(two) == [10] and f"{field} {other if isinstance(other, str) else f'{other:g}'}" in recipes.other_recipes(table)
+    assert recipes.other_recipes(one) == ""
     odd = pd.concat([two, runs(("resnet32", "bn", 0, 60), **usual | {field: other, "momentum": .7})])
     assert means(odd) == [10]
 
@@ -158,7 +160,7 @@ def test_each_family_has_its_own_recipe():
             runs(("resnet18", "bn", 0, 20), ("resnet34", "bn", 0, 30), epochs=5),
         ]
     )
-    assert sorted(acc.points(table, acc.LAYOUTS["fig02"])["mean"]) == [20, 30, 50, 60]
+    assert sorted(figs.points(table, figs.LAYOUTS["fig02"])["mean"]) == [20, 30, 50, 60]
 
 
 def test_an_ordering_holds_by_the_rule_of_the_claims():
@@ -198,7 +200,7 @@ def test_an_ordering_holds_by_the_rule_of_the_claims():
 
 @pytest.mark.parametrize("data,top1,top5", [("digits", 10, 50), ("imagenet", .1, .5)])
 def test_chance_is_a_guess_among_the_classes(data, top1, top5):
-    fig = acc.accuracy_figure("fig02", runs(("resnet18", "bn", 0, 50), ("resnet34", "bn", 0, 60), data=data))
+    fig = figs.accuracy_figure("fig02", runs(("resnet18", "bn", 0, 50), ("resnet34", "bn", 0, 60), data=data))
     assert [[l.get_ydata()[0] for l in ax.lines if l.get_label() == "Chance"] for ax in fig.axes] == [
         [top1],
         [pytest.approx(top5)],
@@ -208,7 +210,7 @@ def test_chance_is_a_guess_among_the_classes(data, top1, top5):
 def test_a_single_seed_has_no_bar():
     "Its spread is unknown, which is not a spread of zero."
     table = runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60), ("resnet32", "bn", 1, 62))
-    ax = acc.accuracy_figure("fig02", table).axes[0]
+    ax = figs.accuracy_figure("fig02", table).axes[0]
     (one, two), = [c.get_segments() for c in ax.collections]
     assert np.isnan(one).any() or len(one) == 0
     assert two[:, 1].tolist() == pytest.approx([61 - 2**.5, 61 + 2**.5])
@@ -223,10 +225,10 @@ def test_tables_are_exact_in_csv_and_rounded_in_the_picture():
     assert {"ResNet for ImageNet", "14.0M", "64.7K", "0.64%", "10.83%", "650"} <= set(printed)
 
 
-@pytest.mark.parametrize("name", [*acc.LAYOUTS, "fig03", "fig10"])
+@pytest.mark.parametrize("name", [*figs.LAYOUTS, "fig03", "fig10"])
 def test_without_any_run_a_figure_says_so(name):
     from bnonly.experiment import results
-    draw = {"fig03": acc.fig03, "fig10": acc.fig10}.get(name, lambda t, p: acc.accuracy_figure(name, t, p))
+    draw = {"fig03": figs.fig03, "fig10": figs.fig10}.get(name, lambda t, p: figs.accuracy_figure(name, t, p))
     words = draw(results("none"), [Spec(arch="resnet14")]).axes[0].texts[0].get_text()
     assert "resnet14" in words.replace("\n", " ") or "no network of the family" in words.replace("\n", " ")
 
@@ -237,7 +239,7 @@ def test_the_papers_numbers_are_drawn_on_its_own_data_only():
         ("cifar10", [48, 69.5, 82, 93.3], ["14", "32", "110", "866"]),
         ("digits", [], ["14", "32"]),
     ):
-        ax = acc.accuracy_figure("fig02", runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60), data=data)).axes[0]
+        ax = figs.accuracy_figure("fig02", runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60), data=data)).axes[0]
         assert sorted(y for l in ax.lines if l.get_marker() == "*" for y in l.get_ydata()) == stars
         assert [t.get_text() for t in ax.get_xticklabels()] == ticks
 
@@ -251,7 +253,7 @@ def test_a_line_that_only_the_paper_has_is_in_the_legend_and_in_the_data():
         ("resnet32", "bn+shortcut+output", 0, 70),
         data="cifar10",
     )
-    fig = acc.accuracy_figure("fig12", table)
+    fig = figs.accuracy_figure("fig12", table)
     handles = dict(zip([t.get_text() for t in fig.legends[0].get_texts()], fig.legends[0].legend_handles))
     assert list(handles) == [
         "BatchNorm",

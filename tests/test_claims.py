@@ -584,7 +584,7 @@ def test_all_planned_runs_give_every_claim_a_final_verdict(monkeypatch):
         return pd.DataFrame([asdict(s) for s in specs]).assign(
             **{c: rng.rand(len(specs))*50 for c in COLUMNS}, status="complete", images=images[study], folder="",
             trainable=[sizes(s.arch)["bn"] for s in specs], total=[sizes(s.arch)["total"] for s in specs])
-    for module, f in ((cl, "results"), (cl.features, "channels"), (cl.features, "clamped")):
+    for module, f in ((cl, "results"), (cl.analysis, "channels"), (cl.analysis, "clamped")):
         monkeypatch.setattr(module, f, planned if f == "results" else lambda study: pd.DataFrame())
     for study in ("paper", "imagenet"):
         found = cl.ledger(cl.gather(study))

@@ -14,8 +14,8 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import safetensors.numpy
-from bnonly import explore
-from bnonly.explore import Explorer, numbers
+from bnonly import explore, explorer_page
+from bnonly.explore import Explorer, at_threshold
 
 ROOT = Path(__file__).parents[1]
 KEY = "resnet20,bn,digits,weight_decay=0.012,seed={}"
@@ -37,10 +37,10 @@ def expected(threshold, seed=0):
 @pytest.fixture
 def explorer(monkeypatch):
     monkeypatch.setenv("BNONLY_RUNS", str(ROOT / "runs"))
-    for f in (explore.choices, explore.load):
+    for f in (explore.choices, explore.features_of):
         f.cache_clear()
     yield Explorer()
-    for f in (explore.choices, explore.load):
+    for f in (explore.choices, explore.features_of):
         f.cache_clear()
 
 
@@ -49,7 +49,7 @@ def words(found):
     return " ".join(" ".join(o) for o in explore.sentences(found, 50))
 
 
-PICTURES = "distributions", "clamping", "silence", "learning"
+PICTURES = "affine_picture", "clamping_picture", "silence_picture", "learning_picture"
 
 
 def test_a_change_draws_what_it_concerns_once_and_reads_no_features(explorer, monkeypatch):
@@ -57,7 +57,7 @@ def test_a_change_draws_what_it_concerns_once_and_reads_no_features(explorer, mo
 
     No network is evaluated: `bnonly.explore` imports no torch (tests/test_repository.py)."""
     calls = []
-    for name in (*PICTURES, "kept", "records"):
+    for name in (*PICTURES, "saved_features", "records"):
         f = getattr(explore, name)
         counted = functools.wraps(f)(lambda *args, f=f: (calls.append(f.__name__), f(*args))[1])
         monkeypatch.setattr(explore, name, counted)
@@ -84,7 +84,7 @@ def test_numbers_are_those_of_the_records(explorer):
     for t in (0, .005, .01, .05, .1, .3, 1.):
         explorer.threshold.value = t
         share, accuracy = expected(t, seed=1)
-        assert f'"share">{share}<' in explorer.told.value and f'"accuracy">{accuracy}<' in explorer.told.value, t
+        assert f'"share">{share}<' in explorer.message.value and f'"accuracy">{accuracy}<' in explorer.message.value, t
 
 
 def test_accuracies_are_those_of_the_clamped_network(explorer):
@@ -93,22 +93,22 @@ def test_accuracies_are_those_of_the_clamped_network(explorer):
     from bnonly.experiment import Spec
     from bnonly.features import clamp, correct, restore
     spec = Spec(arch="resnet20", data="digits", weight_decay=.012)
-    found, data = explore.load(str(ROOT / "runs/decay" / spec.key)), load_data("digits")
+    found, data = explore.features_of(str(ROOT / "runs/decay" / spec.key)), load_data("digits")
     for t in (0, .01, .1, float(found["threshold"][-1]), .9):
         model = restore(spec, "decay")
         clamp(model, t)
         right = 100 * correct(model, loaders(data, 128, device="cpu")[1]) / len(data.test)
-        (n, told), *more = explore.numbers(found, t)["measured"]
-        if n == explore.numbers(found, t)["below"]:
-            assert told == pytest.approx(right, abs=1.01*100/len(data.test))   # one image: processors round differently
+        (n, accuracy), *more = at_threshold(found, t)["measured"]
+        if n == at_threshold(found, t)["below"]:
+            assert accuracy == pytest.approx(right, abs=1.01*100/len(data.test))   # one image: processors round differently
         elif not more:
-            assert "not measured beyond" in words(explore.numbers(found, t))
-    assert explore.numbers(found, .01)["measured"][1:] == [] and t == .9 and not more
+            assert "not measured beyond" in words(at_threshold(found, t))
+    assert at_threshold(found, .01)["measured"][1:] == [] and t == .9 and not more
 
 
 def test_a_run_without_images_says_so():
-    told = numbers(dict(gamma=np.array([.1, -.3, .0])), .2)
-    assert told == dict(below=2, channels=3) and "not measured" in words(told)
+    found = at_threshold(dict(gamma=np.array([.1, -.3, .0])), .2)
+    assert found == dict(below=2, channels=3) and "not measured" in words(found)
 
 
 def test_runs_that_cannot_be_shown_are_not_offered(explorer, tmp_path, monkeypatch):
@@ -116,13 +116,13 @@ def test_runs_that_cannot_be_shown_are_not_offered(explorer, tmp_path, monkeypat
     monkeypatch.setenv("BNONLY_RUNS", str(tmp_path))
     broken = tmp_path / "decay" / KEY.format(0) / "features.safetensors"
     broken.write_bytes(broken.read_bytes()[:-9])
-    for f in (explore.choices, explore.load):
+    for f in (explore.choices, explore.features_of):
         f.cache_clear()
     with pytest.warns(UserWarning, match="not as it was written"):
         mine = explore.choices("decay")
     assert len(mine) == 14 and str(broken.parent) not in set(mine.folder)
     with pytest.warns(UserWarning):
-        explore.choices.cache_clear(), explore.load.cache_clear()
+        explore.choices.cache_clear(), explore.features_of.cache_clear()
         assert Explorer().choices["study"].options == ("decay",)
 
 
@@ -133,7 +133,7 @@ def test_every_analysed_run_can_be_chosen(explorer, tmp_path, monkeypatch):
     assert set(found) == {s for s in analysed if len(explore.choices(s))} and {"short", "decay"} <= set(found)
     shutil.copytree(ROOT / "runs/decay", tmp_path / "scratch")
     monkeypatch.setenv("BNONLY_RUNS", str(tmp_path))
-    for f in (explore.choices, explore.load):
+    for f in (explore.choices, explore.features_of):
         f.cache_clear()
     assert Explorer().choices["study"].options == ("scratch",)
     monkeypatch.setenv("BNONLY_RUNS", str(tmp_path / "none"))
@@ -152,13 +152,13 @@ def test_markup_in_a_record_stays_text(explorer, monkeypatch):
     explorer.run = explorer.run.copy()
     explorer.run["images"] = markup
     explorer.clamp()
-    assert "<img" not in explorer.told.value and "&lt;img src=x onerror=window.ran=1&gt;{{7*7}}" in explorer.told.value
+    assert "<img" not in explorer.message.value and "&lt;img src=x onerror=window.ran=1&gt;{{7*7}}" in explorer.message.value
 
 
 def test_odd_metrics_leave_a_curve_out(explorer, tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,accuracy\n1,<b>\n")
     with pytest.warns(UserWarning, match="cannot be read as metrics"):
-        assert explore.learning({"odd": str(tmp_path)}).startswith(b"\x89PNG")
+        assert explore.learning_picture({"odd": str(tmp_path)}).startswith(b"\x89PNG")
 
 
 def test_importing_changes_no_style():
@@ -184,7 +184,7 @@ def serving(address, server):
     try:
         yield
     finally:
-        explore.end(server)
+        explorer_page.stop_server(server)
 
 
 def free_port():
@@ -197,19 +197,19 @@ def test_a_port_that_cannot_be_used_is_refused():
     pytest.importorskip("voila", reason="voila is not installed: pip install 'bnonly[dev]'")
     for port in (-1, 0, 99999):
         with pytest.raises(ValueError, match=f"port {port} does not exist"):
-            explore.serve(port)
+            explorer_page.serve_explorer(port)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
         with pytest.raises(ValueError, match=f"port {s.getsockname()[1]} is not free; the next that is free is [0-9]+"):
-            explore.serve(s.getsockname()[1])
+            explorer_page.serve_explorer(s.getsockname()[1])
 
 
 def test_the_explorer_fails_as_its_server_does(monkeypatch):
     pytest.importorskip("voila", reason="voila is not installed: pip install 'bnonly[dev]'")
-    monkeypatch.setattr(explore.sys, "executable", "/bin/false")
+    monkeypatch.setattr(explorer_page.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="exit code 1"):
-        explore.serve(free_port())
+        explorer_page.serve_explorer(free_port())
 
 
 def test_a_server_that_is_told_to_end_ends_with_its_kernels(tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_a_server_that_is_told_to_end_ends_with_its_kernels(tmp_path, monkeypatc
         if not any(map(running, ours)):
             break
         time.sleep(.1)
-    assert not any(map(running, ours)) and explore.free(port)
+    assert not any(map(running, ours)) and explorer_page.is_free(port)
 
 
 def running(pid):
@@ -251,7 +251,7 @@ def voila(page, folder):
     "The explorer served as a page."
     pytest.importorskip("voila", reason="voila is not installed: pip install 'bnonly[dev]'")
     at = f"http://127.0.0.1:{(port := free_port())}"
-    with serving(f"{at}/voila/static/", explore.serve(port, wait=False)):
+    with serving(f"{at}/voila/static/", explorer_page.serve_explorer(port, wait=False)):
         page.goto(at, timeout=120_000)
         yield
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from bnonly import features
+from bnonly import analysis
+from bnonly.analysis import AFFINE_FIELDS, IMAGE_FIELDS, analyse, channels, clamped, saved_features
 from bnonly.data import load_data, loaders
 from bnonly.experiment import Spec, load_record, run_dir, write
-from bnonly.features import OWN, SEEN, analyse, channels, clamp, clamped, clamping, correct, kept, restore
+from bnonly.features import clamp, clamping, correct, restore
 from bnonly.norms import ZeroCounter, affine_table, norms
 from bnonly.models import BatchNormAct, create_model
 from bnonly.train import fit, learner
@@ -156,8 +157,8 @@ def test_what_is_kept_agrees_with_the_record(study):
     "The unclamped network is the one whose accuracy was recorded; a row of the table for each channel."
     for policy in ("bn", "all"):
         spec = Spec(arch="resnet8", policy=policy, epochs=1)
-        found, record = kept(analyse(spec, study).parent), load_record(run_dir(spec, study))
-        assert found.keys() == {*OWN, *SEEN} and found["tested"].tolist() == [360]
+        found, record = saved_features(analyse(spec, study).parent), load_record(run_dir(spec, study))
+        assert found.keys() == {*AFFINE_FIELDS, *IMAGE_FIELDS} and found["tested"].tolist() == [360]
         assert abs(100*found["correct"][0]/360 - record["final"]["accuracy"]) < .01
     table, curve = channels(study), clamped(study)
     assert len(table) == 2*336 and table.zero.notna().sum() == 2*(336 - 96)
@@ -180,12 +181,12 @@ def test_a_restored_network_gives_the_same_bits(study):
 def test_old_features_are_taken_anew(study):
     spec = Spec(arch="resnet8", epochs=1)
     path = analyse(spec, study)
-    whole, old = path.read_bytes(), {n: a for n, a in kept(path.parent).items() if n in ("layer", "gamma", "beta")}
+    whole, old = path.read_bytes(), {n: a for n, a in saved_features(path.parent).items() if n in ("layer", "gamma", "beta")}
     for seal in (load_record(path.parent)["seal"], "another record's"):
         write(path, safetensors.numpy.save(old, dict(seal=seal)))
         analyse(spec, study)
-        assert safetensors.numpy.load_file(path).keys() == {*OWN, *SEEN}
-        np.testing.assert_array_equal(kept(path.parent)["zero"], safetensors.numpy.load(whole)["zero"])
+        assert safetensors.numpy.load_file(path).keys() == {*AFFINE_FIELDS, *IMAGE_FIELDS}
+        np.testing.assert_array_equal(saved_features(path.parent)["zero"], safetensors.numpy.load(whole)["zero"])
     made = path.stat().st_mtime_ns
     assert analyse(spec, study).stat().st_mtime_ns == made
 
@@ -195,24 +196,24 @@ def test_without_images_gamma_and_beta_are_kept_at_least(study, monkeypatch):
     path = analyse(spec, study)
     path.unlink()
     with monkeypatch.context() as m:
-        m.setattr(features, "load_once", lambda name: (None, "the folder is empty"))
+        m.setattr(analysis, "load_once", lambda name: (None, "the folder is empty"))
         with pytest.warns(UserWarning, match="no zero rates and no clamping, because the folder is empty") as said:
             analyse(spec, study)
-        assert len(said) == 1 and kept(path.parent).keys() == {*OWN}
+        assert len(said) == 1 and saved_features(path.parent).keys() == {*AFFINE_FIELDS}
         made = path.stat().st_mtime_ns
         with pytest.warns(UserWarning):
             assert analyse(spec, study).stat().st_mtime_ns == made
         assert channels(study, policy=["bn"]).zero.isna().all() and len(clamped(study, policy=["bn"])) == 0
-    assert kept(analyse(spec, study).parent).keys() == {*OWN, *SEEN}
+    assert saved_features(analyse(spec, study).parent).keys() == {*AFFINE_FIELDS, *IMAGE_FIELDS}
 
 
 def test_other_images_than_those_of_the_training_do_not_count(study, monkeypatch):
     from dataclasses import replace
     spec = Spec(arch="resnet8", epochs=1)
     analyse(spec, study).unlink()
-    monkeypatch.setattr(features, "load_once", lambda name: (replace(load_data("digits"), digest="0"*16), ""))
+    monkeypatch.setattr(analysis, "load_once", lambda name: (replace(load_data("digits"), digest="0"*16), ""))
     with pytest.warns(UserWarning, match="not those it was trained on"):
-        assert kept(analyse(spec, study).parent).keys() == {*OWN}
+        assert saved_features(analyse(spec, study).parent).keys() == {*AFFINE_FIELDS}
 
 
 def test_a_run_that_was_not_finished_is_refused_in_one_sentence(study):
@@ -242,8 +243,8 @@ def table(**columns):
 
 def test_shares_of_small_gammas_and_silent_relus():
     "Of five channels two are below 0.01; four have a ReLU, and one of those is silent."
-    from bnonly.accuracy import plain
     from bnonly.affine import activity, silent, small_gammas
+    from bnonly.recipes import single_recipe
     toy = table(layer=0, role=0, gamma=[0., -.009, .02, .06, -.5], beta=0., zero=[1., .99, .5, 0., np.nan])
     shares = small_gammas(toy)
     assert len(shares) == 6*3 and set(shares[shares.threshold == "0.01"].share) == {40.}
@@ -254,7 +255,7 @@ def test_shares_of_small_gammas_and_silent_relus():
     assert activity(toy).xs(("resnet20", "bn"), level=("arch", "policy")).iloc[0][
         ["silent", "on", "between", "n"]
     ].tolist() == [25.0, 25.0, 25.0, 2.0]
-    assert set(plain(toy).weight_decay) == {1e-4}
+    assert set(single_recipe(toy).weight_decay) == {1e-4}
 
 
 def test_always_on_is_not_often_on():

@@ -6,9 +6,11 @@ import pytest
 import torch
 from bnonly import claims as cl
 from bnonly import mlp
+from bnonly import mlp_figures as figs
 from bnonly.figures import drawn
 from bnonly.experiment import Spec, run_dir
-from bnonly.features import analyse, channels, restore
+from bnonly.analysis import analyse, channels
+from bnonly.features import restore
 from bnonly.models import create_model
 from bnonly.policies import counts, effective_weights, trainable_mask, freeze
 from bnonly.train import fit, hold_out
@@ -35,7 +37,7 @@ def test_counts_by_arithmetic(depth, width):
     assert counts(model).total.drop("all").to_dict() == dict(
         conv=weights, bn=2 * units, norm=0, shortcut=0, output=10 * width + 10
     )
-    assert mlp.sizes(f"mlp{depth}-{width}") == dict(weights=weights, gamma=units, beta=units, output=10*width + 10)
+    assert mlp.mlp_sizes(f"mlp{depth}-{width}") == dict(weights=weights, gamma=units, beta=units, output=10*width + 10)
     trains = lambda policy: counts(freeze(create_model(f"mlp{depth}-{width}", in_channels=1), policy)).trainable["all"]
     assert trains("gamma") == trains("scattered1") == units
     assert trains("bn") == trains("scattered2") == 2*units
@@ -263,7 +265,7 @@ def test_differences_of_differences():
     spread = lambda v, by: (v-by, v+by)
     assert said("mlp10-norm-helps-deeper", runs({k: spread(v, .01) for k, v in values.items()})) == "holds" + MLP
     assert said("mlp10-norm-helps-deeper", runs({k: spread(v, 20) for k, v in values.items()})) == "undecided" + MLP
-    pairs = {(f"mlp{d}-{w}", BN): (50 + w/10 - d,) for d in mlp.DEPTHS for w in (10, 100)}
+    pairs = {(f"mlp{d}-{w}", BN): (50 + w/10 - d,) for d in mlp.MLP_DEPTHS for w in (10, 100)}
     assert said("mlp100-over-10", runs({k: v*2 for k, v in pairs.items()})) == "holds" + MLP
 
 
@@ -276,17 +278,14 @@ def test_figures_say_what_is_missing():
     plan += [Spec(arch="mlp2-10", norm="none", policy="all", data="mnist")]
     table = pd.DataFrame([dict(asdict(plan[0]), status="complete", accuracy=30., images="MNIST", folder=plan[0].key)])
     def words(plan):
-        fig = mlp.depth_figure(table, 10, plan)
+        fig = figs.depth_figure(table, 10, plan)
         return " ".join(" ".join(t.get_text() for t in fig.texts).split()) + fig.get_label()
     assert "1 of 2 planned runs of this figure are not measured; every point has at least one." in words(plan[:2])
-    assert (
-        """4 of 5 planned runs of this figure are not measured; none for “All parameters, without BatchNorm”;
-        “BatchNorm only” (mlp4-10)."""
-        in words(plan)
-    )
+    without = "none for “All parameters, without BatchNorm”; “BatchNorm only” (mlp4-10)."
+    assert f"4 of 5 planned runs of this figure are not measured; {without}" in words(plan)
     assert "Every planned run of this figure is complete." in words(plan[:1])
     assert "plans none of these runs" in " ".join(
-        t.get_text() for t in mlp.depth_figure(table, 784, plan).axes[0].texts
+        t.get_text() for t in figs.depth_figure(table, 784, plan).axes[0].texts
     )
     assert "runs" not in words([])
     table = pd.concat([table, table.assign(arch="mlp4-10", status="diverged", folder=plan[2].key)])
@@ -294,7 +293,7 @@ def test_figures_say_what_is_missing():
 
 
 def test_a_line_is_dotted_across_depths_that_are_not_measured():
-    fig = mlp.depth_figure(runs({(f"mlp{d}-20", BN): (60., 62.) for d in (2, 4, 8)}), 20)
+    fig = figs.depth_figure(runs({(f"mlp{d}-20", BN): (60., 62.) for d in (2, 4, 8)}), 20)
     line, = [c.lines[0] for c in fig.axes[0].containers]
     assert dict(zip(line.get_xdata(), line.get_ydata())) == pytest.approx(
         {2: 61, 4: 61, 6: float("nan"), 8: 61}, nan_ok=True
@@ -302,7 +301,7 @@ def test_a_line_is_dotted_across_depths_that_are_not_measured():
     assert "dotted" in fig.get_label() and drawn(fig).query(
         "kind == 'line' and label == 'BatchNorm only'"
     ).x.tolist() == [2, 4, 8]
-    whole = mlp.depth_figure(runs({(a, BN): (60., 62.) for a in mlp.mlps(20)}), 20)
+    whole = figs.depth_figure(runs({(a, BN): (60., 62.) for a in mlp.mlps(20)}), 20)
     assert "dotted" not in whole.get_label() and len(whole.axes) == 1
 
 
@@ -310,10 +309,23 @@ def test_lines_upon_each_other_are_shown_once_more():
     table = runs(
         {(f"mlp{d}-20", line): (v, v + 0.2) for d in (2, 4) for line, v in ((BN, 60.0), (ALL, 97.2), (PLAIN, 96.9))}
     )
-    above, below = mlp.depth_figure(table, 20).axes
+    above, below = figs.depth_figure(table, 20).axes
     assert (
         above.get_ylim() == (96, 98)
         and len(above.containers) == 2
         and below.get_ylim() == (0, 101)
         and len(below.containers) == 3
     )
+
+
+def test_a_point_is_the_mean_of_one_network_under_one_policy():
+    "In the order of width and depth; runs of another line are no points."
+    fields = dict(policy="gamma", bn_init="symmetric")
+    specs = [Spec(arch=arch, seed=s, **fields) for arch in ("mlp10-20", "mlp2-20") for s in (0, 2)]
+    specs.append(Spec(arch="resnet14"))
+    table = pd.DataFrame([asdict(s) | dict(status="complete", accuracy=90. + s.seed) for s in specs])
+    points = figs.mlp_points(table)
+    assert points[["depth", "mean", "n"]].values.tolist() == [[2, 91, 2], [10, 91, 2]]
+    assert points.sd.tolist() == pytest.approx([2**.5]*2)
+    cells = figs.mlp_table(points)
+    assert cells["BatchNorm only"].tolist() == ["91.0 ± 1.4 (2)"]*2 and set(cells["As many random weights"]) == {""}

@@ -10,11 +10,13 @@ from torch import nn
 from bnonly.claims import MEASURES, REGULARIZATION, ledger
 from bnonly.data import BrokenData, load_data
 from bnonly.experiment import ACTS, NORMS, Spec, history, parse_arch, results, run_dir
-from bnonly.features import analyse, channels, restore
+from bnonly.analysis import analyse, channels
+from bnonly.features import restore
 from bnonly.models import BatchNormAct, BiasAct, Shortcut, Swish, Swished, branches, create_model, roles
 from bnonly.penalties import divergence, mask
 from bnonly.policies import counts, freeze
-from bnonly.regularization import at_start, evaluate_robustness, robust, robustness
+from bnonly.regularization import at_start
+from bnonly.robustness import evaluate_robustness, robustness, with_robustness
 from bnonly.train import fit, groups, learner
 from test_train import Stop
 
@@ -262,14 +264,14 @@ def test_robustness_by_corruption_and_severity(corrupted, tmp_path, monkeypatch)
             model(x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)).argmax(1) == data.test.y[20:30]
         ).view(5, 2)
     assert table.loc["impulse_noise"].tolist() == (100*hits.double().mean(1)).tolist()
-    assert robust(results("r")).robustness[0] == pytest.approx(table.to_numpy().mean())
+    assert with_robustness(results("r")).robustness[0] == pytest.approx(table.to_numpy().mean())
     file = run_dir(spec, "r")/"robustness.csv"
     before = file.read_bytes()
     file.unlink()
     evaluate_robustness("r", results("r"))
     assert file.read_bytes() == before
     file.write_text(file.read_text().replace(pd.read_csv(file).seal[0], "another"))
-    assert "robustness" not in robust(results("r"))
+    assert "robustness" not in with_robustness(results("r"))
 
 
 @pytest.mark.filterwarnings("ignore:.*holds .* where CIFAR-10 has")

@@ -17,8 +17,9 @@ from bnonly.experiment import Spec, preset
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-LIGHT = ("checked", "experiment", "features", "accuracy", "affine", "mlp", "claims", "explore", "pages",
-         "captions", "findings", "report", "cli")   # import no torch: tables, figures, the report and the command line
+LIGHT = ("checked", "experiment", "features", "analysis", "recipes", "accuracy", "accuracy_figures", "affine", "mlp",
+         "mlp_figures", "regularization", "regularization_figures", "robustness", "claims", "explore", "explorer_page",
+         "pages", "captions", "findings", "report", "cli")   # import no torch: tables, figures, report and command line
 
 
 def cells(notebook, kind="code"):
@@ -68,7 +69,7 @@ def test_notebooks_are_numbered_without_gaps_or_doubles():
     numbered = [nb.stem for nb in NOTEBOOKS if nb.stem != "index"]
     assert [n[:3] for n in numbered] == [f"{i:02}_" for i in range(15)]
     lessons = {n[3:] for n in numbered} - set(MODULES)   # about plain modules: they export nothing
-    assert lessons == {"sweep", "kernels"} and set(MODULES) < {n[3:] for n in numbered}
+    assert lessons == {"sweep", "kernels", "explore"} and set(MODULES) < {n[3:] for n in numbered}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -15,7 +15,7 @@ import safetensors.numpy
 from bnonly import explore
 from bnonly.checked import read_json, read_metrics
 from bnonly.experiment import BrokenRecord, history, load_record, preset, results, run_dir
-from bnonly.features import channels, kept, settling
+from bnonly.analysis import channels, saved_features, settling
 from bnonly.pages import harmless, notebook_cells, verdict_kind
 from bnonly.report import drawing, inputs, notebooks, page as write_page, site, unmeasured
 from bnonly.sweep import state, unfinished
@@ -313,7 +313,7 @@ def test_odd_files_beside_records_stop_no_report_and_no_explorer(text, tmp_path,
 def test_arrays_that_do_not_go_together_are_made_again(tmp_path, monkeypatch):
     folder = project(tmp_path / "project", monkeypatch)
     run = sorted(folder.iterdir())[0]
-    good = kept(run)
+    good = saved_features(run)
     odd = [
         {n: a for n, a in good.items() if n != "beta"},
         good | dict(gamma=good["gamma"][:-1]),
@@ -324,7 +324,7 @@ def test_arrays_that_do_not_go_together_are_made_again(tmp_path, monkeypatch):
     for arrays in odd:
         about = dict(seal=load_record(run)["seal"], digest=digest_of(arrays))
         (run / "features.safetensors").write_bytes(safetensors.numpy.save(arrays, about))
-        with pytest.warns(UserWarning, match="features.safetensors is not as it was written"): assert kept(run) == {}
+        with pytest.warns(UserWarning, match="features.safetensors is not as it was written"): assert saved_features(run) == {}
 
 
 def digest_of(arrays):
