@@ -115,7 +115,10 @@ def push_delta(model: nn.Module,   # trained after `freeze`
                private: bool | None = None,
                token: str | None = None   # default: of `hf auth login`
                ) -> str:           # the address of the commit
-    "Save a delta, with a card, to a repository on the Hub, made where there is none; errors as of `save_delta`."
+    """Save a delta, with a card, to a repository on the Hub, which is made where there is none.
+
+    Errors as of `save_delta` and `model_card`, and huggingface-hub's own.
+    """
     hub = _hub()
     api = hub.HfApi(endpoint=_endpoint(), token=token)
     with tempfile.TemporaryDirectory() as folder:

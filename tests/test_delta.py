@@ -11,9 +11,10 @@ import torch
 from bnonly.delta import Shelf, load_delta, merge, read_delta, save_delta
 from bnonly.experiment import write
 from bnonly.models import create_model
-from bnonly.policies import counts, freeze, frozen_as, trained_state, trainable, unfreeze
+from bnonly.policies import counts, freeze, frozen, frozen_as, trainable, trained_state, unfreeze
 from bnonly.sealed import read_sealed, serialize
 from hostile import KINDS, metadata_lied, unsealed
+from test_freeze_anything import learner_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.nn import functional as F
@@ -151,6 +152,34 @@ def test_another_base_is_refused_and_nothing_changes(change, tmp_path):
 def test_another_architecture_is_refused(other, why, tmp_path):
     path = save_delta(trained(Net(), "norm+output"), tmp_path / "it.safetensors", base=BASE)
     with pytest.raises(ValueError, match=why): load_delta(path, other())
+
+
+def test_a_learner_that_fine_tunes_gives_a_delta_where_it_is_frozen(tmp_path):
+    "fastai's fine_tune would train all of the model, and what it gave would stand on no base."
+
+    def learner():
+        return learner_of(
+            Net(),
+            tmp_path,
+            fit=False,
+            groups=lambda m: [
+                [*m.stem.parameters()],
+                [*m.conv.parameters(), *m.bn.parameters()],
+                [*m.norm.parameters(), *m.fc.parameters()],
+            ],
+        )
+    learn = learner()
+    with frozen(learn, "norm+output"), learn.no_bar(), learn.no_logging():
+        learn.fine_tune(1)
+        path = save_delta(learn.model, tmp_path / "it.safetensors", base=BASE)
+    assert torch.equal(load_delta(path, Net())(X), learn.model.eval()(X))
+    learn = learner()
+    freeze(learn.model, "norm+output")
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1)
+    with pytest.raises(
+        ValueError, match="'conv.bias' trains, against policy 'norm.output'; freeze .* train within `with frozen"
+    ):
+        save_delta(learn.model, path, base=BASE)
 
 
 def test_what_cannot_be_saved(tmp_path):

@@ -346,23 +346,20 @@ def test_frozen_without_a_policy_keeps_what_freeze_froze():
     with pytest.raises(ValueError, match="frozen needs a policy, e.g. 'norm'"): frozen(net())
 
 
-def learner_of(model, tmp_path, **how):
-    """A Learner with groups of layers, as fastai's vision_learner makes them; it has fitted, so its optimizer and
+def in_groups(m): return [[*m[:1].parameters()], [*m[1:3].parameters()], [*m[3:].parameters()]]
+
+
+def learner_of(model, tmp_path, fit=True, groups=in_groups, **how):
+    """A Learner with groups of layers, as fastai's vision_learner makes them; where it has fitted, its optimizer and
     gradients are there."""
     from fastai.basics import DataLoaders, Learner
     from fastai.callback import fp16, progress, schedule   # noqa: F401
     g = torch.Generator().manual_seed(0)
     images = torch.utils.data.TensorDataset(torch.randn(32, 3, 8, 8, generator=g), torch.arange(32) % 5)
-    groups = lambda m: [[*m[:1].parameters()], [*m[1:3].parameters()], [*m[3:].parameters()]]
-    learn = Learner(
-        DataLoaders(*(torch.utils.data.DataLoader(images, 8) for _ in range(2))),
-        model,
-        nn.functional.cross_entropy,
-        splitter=groups,
-        path=tmp_path,
-        **how,
-    )
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    loaders = DataLoaders(*(torch.utils.data.DataLoader(images, 8) for _ in range(2)))
+    learn = Learner(loaders, model, nn.functional.cross_entropy, splitter=groups, path=tmp_path, **how)
+    if fit:
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return learn
 
 
@@ -423,9 +420,11 @@ def test_a_learner_stays_frozen_through_every_workflow(policy, optimizer, tmp_pa
     assert not any(torch.equal(t, after[n]) for n, t in effective_weights(learn.model).items())   # free again
 
 
-def test_frozen_lasts_where_it_is_called_without_with(tmp_path):
+@pytest.mark.parametrize("policy", ["output", None])
+def test_frozen_lasts_where_it_is_called_without_with(policy, tmp_path):
     learn = learner_of(net(), tmp_path)
-    frozen(learn, "output")
+    if not policy: freeze(learn.model, "output")
+    frozen(learn, policy)
     before = effective_weights(learn.model)
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(1)
     assert {n for n, t in effective_weights(learn.model).items() if not torch.equal(t, before[n])} == {
