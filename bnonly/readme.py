@@ -10,15 +10,15 @@ from pathlib import Path
 
 from .experiment import parse_arch, root, runs_dir
 
-__all__ = ["PARTS", "filled", "readme", "notebooks"]
+__all__ = ["README_PARTS", "filled", "readme", "lesson_lines"]
 
-POLICIES = "bn", "bn+output", "output", "random2", "all-affine", "all"
+SHOWN_POLICIES = "bn", "bn+output", "output", "random2", "all-affine", "all"
 STUDIES = "short", "paper"   # of CIFAR-10
 SENTENCES = dict(paper="r14-bn-acc disabled-third clamp01-bn silent-bn",
                  short="deeper wider random2-gap bn-over-output output-little disabled-third silent-bn",
                  mlp="mlp784-over-90 mlp784-95 mlp784-random lenet-bn")   # study to the ids of claims.toml
-ARCHS = "resnet14", "resnet56"   # whose steps are timed beside others'
-TUNED = "tuned torch", "compiled torch"   # peers, and what they are called in bfloat16
+TIMED_ARCHS = "resnet14", "resnet56"   # whose steps are timed beside others'
+TUNED_PEERS = "tuned torch", "compiled torch"   # peers, and what they are called in bfloat16
 
 
 def table(head: list, rows: list) -> str:
@@ -26,7 +26,7 @@ def table(head: list, rows: list) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"]*len(head), *rows))
 
 
-def notebooks(folder: Path) -> dict[str, str]:
+def lesson_lines(folder: Path) -> dict[str, str]:
     "The numbered notebooks of a folder in reading order, name to the line below the title; `ValueError` without one."
     found = {}
     for file in sorted(Path(folder).glob("[0-9][0-9]_*.ipynb")):
@@ -39,7 +39,7 @@ def notebooks(folder: Path) -> dict[str, str]:
 
 def lessons(project: Path, at: str = "nbs/") -> str:   # at: where the links lead
     "The notebooks with what each is about."
-    rows = [(f"[{name}]({at}{name}.ipynb)", line) for name, line in notebooks(project / "nbs").items()]
+    rows = [(f"[{name}]({at}{name}.ipynb)", line) for name, line in lesson_lines(project / "nbs").items()]
     return table(["notebook", "what it is about"], rows)
 
 
@@ -56,7 +56,7 @@ def results_table(project: Path) -> str:
     networks = sorted(set(points.arch), key=lambda arch: (parse_arch(arch).width, parse_arch(arch).depth))
     rows = []
     for arch in networks:
-        for policy in [p for p in POLICIES if p in set(points[points.arch == arch].policy)]:
+        for policy in [p for p in SHOWN_POLICIES if p in set(points[points.arch == arch].policy)]:
             own = points[(points.arch == arch) & (points.policy == policy)]
             cells = {r["epochs"]: shown(r["mean"], r["sd"], r["n"]) for r in own.to_dict("records")}
             said = paper_value(own.iloc[0].to_dict())
@@ -66,7 +66,7 @@ def results_table(project: Path) -> str:
             f"{' and '.join(f'[runs/{s}](runs/{s})' for s in STUDIES)}.\n\n{table(head, rows)}")
 
 
-def sentences(project: Path) -> str:
+def what_papers_say(project: Path) -> str:
     "What the papers say of accuracy, gammas and ReLUs, and what the records say to it."
     from .claims import PAPERS, gather, ledger
     claims, rows = {c.id: c for paper in PAPERS.values() for c in paper}, []
@@ -76,7 +76,7 @@ def sentences(project: Path) -> str:
     return table(["what the papers say", "their number", "ours", "n", "verdict"], rows)
 
 
-def speed(project: Path) -> str:
+def speed_table(project: Path) -> str:
     "Images a second of a training step on a CPU, beside what others reach on the same machine."
     rows = []
     for file in sorted((runs_dir() / "bench").glob("cpu,*.json")):
@@ -84,9 +84,9 @@ def speed(project: Path) -> str:
         machine = record.get("machine", {})
         name = file.stem.split(",")[1].upper().replace("AVX512", "AVX-512").replace("_FP16", ", float16")
         for row in record.get("rows", ()):
-            if "peers" not in row or row["arch"] not in ARCHS or row["policy"] not in ("bn", "all"): continue
+            if "peers" not in row or row["arch"] not in TIMED_ARCHS or row["policy"] not in ("bn", "all"): continue
             ratios = {peer: found["ratio"] for peer, found in row["peers"].items()}
-            tuned = min((r for peer, r in ratios.items() if peer.startswith(TUNED)), default=None)
+            tuned = min((r for peer, r in ratios.items() if peer.startswith(TUNED_PEERS)), default=None)
             others = [f"{r:.1f}" if r else "" for r in (*map(ratios.get, ("open_lth", "fastai", "torch")), tuned)]
             rate = f"{row['images_per_second']:,.0f}"
             rows.append([row["arch"], row["policy"], f"{machine['processor']}, {name}", rate, *others])
@@ -96,7 +96,8 @@ def speed(project: Path) -> str:
     return table(head, rows)
 
 
-PARTS = {"notebooks": lessons, "results": results_table, "what the papers say": sentences, "speed": speed}
+README_PARTS = {"notebooks": lessons, "results": results_table, "what the papers say": what_papers_say,
+                "speed": speed_table}
 
 
 def marks(name: str) -> tuple:
@@ -113,7 +114,7 @@ def filled(text: str, name: str, part: str, file: str) -> str:   # file: its nam
     return f"{before}{begin}\n\n{part}\n\n{end}{after}"
 
 
-def readme(project: Path, parts: dict[str, Callable] = PARTS) -> dict[Path, str]:
+def readme(project: Path, parts: dict[str, Callable] = README_PARTS) -> dict[Path, str]:
     "The README and the index of a project as they should be: file to text."
     file, index = project / "README.md", project / "nbs/index.ipynb"
     text, notebook = file.read_text("utf-8"), json.loads(index.read_text("utf-8"))

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from bnonly.readme import PARTS, readme
+from bnonly.readme import README_PARTS, readme
 from bnonly.experiment import Spec, preset
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +97,7 @@ def test_the_readme_follows_the_notebooks_and_the_records(monkeypatch):
 
 
 def test_a_notebook_that_is_not_listed_is_noticed(tmp_path):
-    lessons = {"notebooks": PARTS["notebooks"]}
+    lessons = {"notebooks": README_PARTS["notebooks"]}
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copy(ROOT / "nbs/14_explore.ipynb", tmp_path / "nbs/15_more.ipynb")
@@ -112,12 +112,12 @@ def test_another_record_changes_the_readme(tmp_path, monkeypatch):
     "A number that follows a record is not written by hand."
     monkeypatch.setenv("BNONLY_RUNS", str(tmp_path))
     shutil.copytree(ROOT / "runs/bench", tmp_path / "bench")
-    before = PARTS["speed"](ROOT)
+    before = README_PARTS["speed"](ROOT)
     file = tmp_path / "bench/cpu,avx2,resnet14,resnet56,bn,all.json"
     record = json.loads(file.read_text())
     record["rows"][0]["images_per_second"] = 123456
     file.write_text(json.dumps(record))
-    assert "123,456" in PARTS["speed"](ROOT) and "123,456" not in before
+    assert "123,456" in README_PARTS["speed"](ROOT) and "123,456" not in before
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)

@@ -278,12 +278,14 @@ def test_an_imagenet_resnet_trains_from_files(tmp_path, monkeypatch):
     assert record["undecodable"] == dict(count=1, names="val/n01/broken.JPEG") and record["final"]["top5"] == 100
 
 
-def test_the_readmes_example_runs(tmp_path):
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert len([l for l in code.splitlines() if l.strip()]) <= 12
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+def test_the_readmes_examples_run(tmp_path):
+    "One after the other, in an empty folder; the first fits in a glance."
+    blocks = [block.split("```")[0] for block in (ROOT / "README.md").read_text().split("```python\n")[1:]]
+    assert len(blocks) == 3 and len([line for line in blocks[0].splitlines() if line.strip()]) <= 12
+    done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | dict(PYTHONPATH=str(ROOT)))
     assert done.returncode == 0, done.stderr
-    assert "8288" in done.stdout and "accuracy" in done.stdout
+    assert "8288" in done.stdout and "accuracy" in done.stdout and "807400" in done.stdout
 
 
 def test_a_copy_of_a_network_computes_with_its_own_weights():
