@@ -300,7 +300,7 @@ def test_odd_files_beside_records_stop_no_report_and_no_explorer(text, tmp_path,
     for name in ("report/inputs.sha256", "figures/tableC1.csv"):
         (folder / name).parent.mkdir()
         put(folder / name, text)
-    for f in (explore.choices, explore.load): f.cache_clear()
+    for f in (explore.choices, explore.features_of): f.cache_clear()
     assert len(results("toy")) == 15 and len(explore.choices("toy")) == 14   # without the run whose features are odd
     assert len(channels("toy").folder.unique()) == 14 and settling("toy") is not None
     assert (
