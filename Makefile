@@ -13,7 +13,7 @@ study: .venv/installed
 	@trap 'exit 130' INT; status=0; for s in $(STUDY); do bnonly study $$s || status=1; bnonly report $$s || status=1; done; exit $$status
 
 test: .venv/installed
-	pytest -q -n 2 --dist loadfile
+	pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 	nbdev-test --n-workers 2
 
 docs: .venv/installed

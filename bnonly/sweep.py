@@ -197,10 +197,17 @@ def outcomes(study:str, todo:list,
              say, pause:float,         # of `sweep`
              over:Callable=never       # whether to stop
             ) -> Iterator:             # of what `train_one` returns
-    "What became of each run in the end: 'done' or 'failed', with a traceback."
-    tried = set()
+    """What became of each run in the end: 'done' or 'failed', with a traceback.
+
+    A run that ended its process twice is not tried again, even where that process takes its time to end.
+    """
+    tried, ended = set(), {}   # ended: runs to how their second process ended
     while todo and not over():
-        taken, again = {s for s in todo if held(s, study)}, []
+        for spec in [s for s in todo if s in ended]:
+            if (outcome := died(spec, study, ended[spec]))[1] == "taken": continue
+            todo.remove(spec)
+            yield outcome
+        taken, again = {s for s in todo if s in ended or held(s, study)}, []
         with closing(run([s for s in todo if s not in taken])) as results:
             for spec,how,told in results:
                 if how == "died" and spec not in tried:
@@ -208,7 +215,9 @@ def outcomes(study:str, todo:list,
                     say(f"{spec.key}: {told}; it is tried once more")
                     if told.words: print(f"\n{told.words}", file=sys.stderr)
                     continue
-                if how == "died": spec, how, told = died(spec, study, told)
+                if how == "died":
+                    ended[spec] = told
+                    spec, how, told = died(spec, study, told)
                 if how == "taken": taken.add(spec)
                 else: yield spec, how, told
         if taken and not again and not over(): time.sleep(pause)

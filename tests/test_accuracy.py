@@ -147,7 +147,8 @@ def test_no_field_of_the_recipe_is_mixed(field, other):
     table = pd.concat([two, one])
     means = lambda t: figs.points(t, figs.LAYOUTS["fig02"])["mean"].tolist()
     assert means(table) == [50, 60] == acc.budgets(table)["mean"].tolist()
-    assert means(two) == [10] and f"{field} {other if isinstance(other, str) else f'{other:g}'}" in recipes.other_recipes(table)
+    value = other if isinstance(other, str) else f"{other:g}"
+    assert means(two) == [10] and f"{field} {value}" in recipes.other_recipes(table)
     assert recipes.other_recipes(one) == ""
     odd = pd.concat([two, runs(("resnet32", "bn", 0, 60), **usual | {field: other, "momentum": .7})])
     assert means(odd) == [10]
@@ -239,7 +240,8 @@ def test_the_papers_numbers_are_drawn_on_its_own_data_only():
         ("cifar10", [48, 69.5, 82, 93.3], ["14", "32", "110", "866"]),
         ("digits", [], ["14", "32"]),
     ):
-        ax = figs.accuracy_figure("fig02", runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60), data=data)).axes[0]
+        table = runs(("resnet14", "bn", 0, 50), ("resnet32", "bn", 0, 60), data=data)
+        ax = figs.accuracy_figure("fig02", table).axes[0]
         assert sorted(y for l in ax.lines if l.get_marker() == "*" for y in l.get_ydata()) == stars
         assert [t.get_text() for t in ax.get_xticklabels()] == ticks
 

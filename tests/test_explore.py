@@ -100,7 +100,8 @@ def test_accuracies_are_those_of_the_clamped_network(explorer):
         right = 100 * correct(model, loaders(data, 128, device="cpu")[1]) / len(data.test)
         (n, accuracy), *more = at_threshold(found, t)["measured"]
         if n == at_threshold(found, t)["below"]:
-            assert accuracy == pytest.approx(right, abs=1.01*100/len(data.test))   # one image: processors round differently
+            # one image: processors round differently
+            assert accuracy == pytest.approx(right, abs=1.01*100/len(data.test))
         elif not more:
             assert "not measured beyond" in words(at_threshold(found, t))
     assert at_threshold(found, .01)["measured"][1:] == [] and t == .9 and not more
@@ -152,7 +153,8 @@ def test_markup_in_a_record_stays_text(explorer, monkeypatch):
     explorer.run = explorer.run.copy()
     explorer.run["images"] = markup
     explorer.clamp()
-    assert "<img" not in explorer.message.value and "&lt;img src=x onerror=window.ran=1&gt;{{7*7}}" in explorer.message.value
+    message = explorer.message.value
+    assert "<img" not in message and "&lt;img src=x onerror=window.ran=1&gt;{{7*7}}" in message
 
 
 def test_odd_metrics_leave_a_curve_out(explorer, tmp_path):

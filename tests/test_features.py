@@ -181,7 +181,8 @@ def test_a_restored_network_gives_the_same_bits(study):
 def test_old_features_are_taken_anew(study):
     spec = Spec(arch="resnet8", epochs=1)
     path = analyse(spec, study)
-    whole, old = path.read_bytes(), {n: a for n, a in saved_features(path.parent).items() if n in ("layer", "gamma", "beta")}
+    whole, saved = path.read_bytes(), saved_features(path.parent)
+    old = {n: a for n, a in saved.items() if n in ("layer", "gamma", "beta")}
     for seal in (load_record(path.parent)["seal"], "another record's"):
         write(path, safetensors.numpy.save(old, dict(seal=seal)))
         analyse(spec, study)

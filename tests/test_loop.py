@@ -389,8 +389,8 @@ def test_on_a_terminal_there_is_a_bar():
     code = (
         "import pty, os, sys; from bnonly.experiment import Spec\n"
         "pid, fd = pty.fork()\n"
-        """if not pid:\n    from bnonly.train import fit; fit(Spec(arch='resnet8', epochs=1), device='cpu');
-        os._exit(0)\n"""
+        "if not pid:\n    from bnonly.train import fit; fit(Spec(arch='resnet8', epochs=1), device='cpu')\n"
+        "    os._exit(0)\n"
         "said = b''\n"
         "try:\n    while part := os.read(fd, 1 << 16): said += part\n"
         "except OSError: pass\n"

@@ -324,7 +324,8 @@ def test_arrays_that_do_not_go_together_are_made_again(tmp_path, monkeypatch):
     for arrays in odd:
         about = dict(seal=load_record(run)["seal"], digest=digest_of(arrays))
         (run / "features.safetensors").write_bytes(safetensors.numpy.save(arrays, about))
-        with pytest.warns(UserWarning, match="features.safetensors is not as it was written"): assert saved_features(run) == {}
+        with pytest.warns(UserWarning, match="features.safetensors is not as it was written"):
+            assert saved_features(run) == {}
 
 
 def digest_of(arrays):

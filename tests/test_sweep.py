@@ -17,10 +17,11 @@ from bnonly import experiment
 from bnonly.experiment import Spec, load_record, records, results, run_dir
 from bnonly.execution import kept
 from bnonly.pace import epochs_done
+from bnonly.runlock import RunLock
 from bnonly.sweep import (after_hours, by_processes, by_ray, failure, missing, passed_on, retry, state, sweep,
                           unfinished)
 from bnonly.train import fit
-from bnonly.workers import in_processes
+from bnonly.workers import WorkerDied, in_processes
 from test_train import Stop
 
 ROOT = Path(__file__).parents[1]
@@ -321,6 +322,19 @@ def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, mo
     assert sorted(l.split()[0] for l in log.read_text().splitlines()) == sorted(s.key for s in specs)
     assert len(results("cluster")) == 4 and set(results("cluster").status) == {"complete"}
     assert {r["machine"]["kernels"] for r in records("cluster")} == {"plain"}
+
+
+def test_a_process_that_takes_its_time_to_end_is_no_reason_for_a_third_try():
+    "A core dump or a stack trace may take minutes, in which the lock of the run looks like that of a living process."
+    lock, tries = RunLock(run_dir(TINY, "slow")), []
+
+    def run(todo, workers, task):
+        for spec in todo:
+            tries.append(spec)
+            if len(tries) == 2 and lock.take(): threading.Timer(1, lock.release).start()
+            yield spec, "died", WorkerDied("its process was ended by SIGABRT", "")
+    assert list(sweep("slow", [TINY], say=quiet, run=run, pause=.1)) == [TINY.key]
+    assert tries == [TINY, TINY] and state(TINY, "slow") == "failed"
 
 
 def test_a_run_that_ends_its_process_under_ray_is_tried_twice_too(tmp_path):
