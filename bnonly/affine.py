@@ -194,7 +194,8 @@ def fig06(curves:pd.DataFrame,   # as `clamped` gives it
           plan:list=()           # the runs of the study, to say what is missing
          ) -> plt.Figure:
     "How accuracy changes when small gammas are set to zero (the paper's Figure 6)."
-    own, missing = single_recipe(curves[curves.policy.isin(PAIR)]).assign(status="complete"), lacks(plan, curves, *RESNETS)
+    own = single_recipe(curves[curves.policy.isin(PAIR)]).assign(status="complete")
+    missing = lacks(plan, curves, *RESNETS)
     fig = None
     if len(own):
         stats, series = by_threshold(own, "change", lambda p, t: f"{SERIES[p][0]}, |γ| < {t}")

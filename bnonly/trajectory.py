@@ -35,7 +35,8 @@ class Trajectory(Callback):
             kept = safetensors.torch.load_file(self.file)
             self.rows = {n: kept[n][kept["epoch"] <= self.done] for n in ("gamma", "beta", "zero", "epoch")}
         except Exception as e:
-            raise ValueError(f"{self.file} is damaged; delete checkpoint.safetensors beside it to start the run anew.") from e
+            raise ValueError(f"{self.file} is damaged; "
+                             "delete checkpoint.safetensors beside it to start the run anew.") from e
 
     def after_epoch(self):
         epoch, n = self.epoch+1, self.n_epoch
