@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 AGAIN = "replace it by a whole copy"
-TOOLS = "__macosx", "__pycache__", "lost+found", "system volume information", "thumbs.db", "desktop.ini"
+TOOLS = "__macosx", "__pycache__", "cvs", "lost+found", "system volume information", "thumbs.db", "desktop.ini"
 
 
 class BrokenData(ValueError):

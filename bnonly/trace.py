@@ -35,8 +35,11 @@ def shadow(model: nn.Module, known: dict = None) -> nn.Module:
 
 
 def copied(value, known: dict):   # id of what was copied already to its copy
-    """A copy of a module, a tensor, a random generator, or a container and all that it holds; other objects are the
-    same."""
+    """A copy of a module, a tensor, a random generator, or a container or plain Python object and all that it holds.
+
+    Other objects are the same: what has no attributes may be known by its identity, and what makes or copies itself
+    in a way of its own is left alone.
+    """
     if id(value) in known: return known[id(value)]
     if isinstance(value, nn.Module): return shadow(value, known)
     if isinstance(value, nn.Parameter): new = nn.Parameter(torch.empty_like(value, device="meta"), value.requires_grad)
@@ -46,11 +49,22 @@ def copied(value, known: dict):   # id of what was copied already to its copy
     elif isinstance(value, MethodType): new = MethodType(value.__func__, copied(value.__self__, known))
     elif type(value) is tuple: new = tuple(copied(v, known) for v in value)
     elif isinstance(value, (dict, list, set, deque)): new = copy.copy(value)
+    elif _is_plain(value): new = object.__new__(type(value))
     else: return value
     known[id(value)] = new
     if isinstance(new, (dict, list, deque)):
         for key, v in list(new.items() if isinstance(new, dict) else enumerate(new)): new[key] = copied(v, known)
+    elif _is_plain(value):
+        for name, v in vars(value).items(): new.__dict__[name] = copied(v, known)
     return new
+
+
+def _is_plain(value) -> bool:   # such as a meter that counts batches
+    "Whether an object is nothing but its attributes."
+    kind = type(value)
+    usual = kind.__new__ is object.__new__ and kind.__reduce_ex__ is object.__reduce_ex__
+    return usual and kind.__reduce__ is object.__reduce__ and not hasattr(kind, "__deepcopy__") and \
+        bool(getattr(value, "__dict__", None))
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def test_what_tools_leave_is_no_class_and_no_image(tmp_path):
     root = folder_of(tmp_path/"imagenet")
     before = load_data("imagenet", tmp_path).digest
     for at in (root/"train", root/"train"/"a", root/"val"/"b"):
-        for name in ("@eaDir", ".ipynb_checkpoints", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found"):
+        for name in ("@eaDir", ".ipynb_checkpoints", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found", "CVS"):
             (at/name).mkdir()
             Image.new("RGB", (8, 8)).save(at/name/"thumb.jpg")
     Image.new("RGB", (8, 8)).save(root/"train"/"a"/"._0.JPEG", "JPEG")

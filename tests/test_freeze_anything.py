@@ -1,5 +1,6 @@
 "Freezing models from elsewhere, by kind of fault: the right thing, or one sentence."
 import copy
+import inspect
 import io
 import pickle
 import random
@@ -283,6 +284,29 @@ def test_tracing_changes_no_weight_and_nothing_within_containers_and_draws_from_
         model.python.getstate(),
     )
     assert [*trainable(model)] == ["fc.weight", "fc.bias"]
+
+
+def test_tracing_does_not_count_in_a_models_meter():
+    class Meter:
+        def __init__(self, model): self.model, self.seen = model, []
+        def update(self, x): self.seen.append(x)
+
+    class Sentinel: pass
+    missing = Sentinel()
+
+    class Metered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc, self.mask = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), missing
+            self.meter, self.mode = [Meter(self)], inspect.Parameter.POSITIONAL_ONLY
+
+        def forward(self, x):
+            self.meter[0].update(x)
+            assert self.mask is missing and self.mode is inspect.Parameter.POSITIONAL_ONLY
+            return self.meter[0].model.fc(self.conv(x).mean((2, 3)))
+    model = freeze(Metered(), "output")
+    assert [*trainable(model)] == ["fc.weight", "fc.bias"]
+    assert model.meter[0].seen == [] and model.meter[0].model is model
 
 
 def test_no_hidden_layer_becomes_the_output():
