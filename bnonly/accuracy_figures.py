@@ -191,19 +191,20 @@ def _limits(limits: tuple, stats: pd.DataFrame) -> tuple:
 
 
 def accuracy_panel(ax, stats: pd.DataFrame, lines: tuple, limits: tuple, stars: pd.DataFrame):
-    "One family: accuracy against depth or width, a line for each policy; `paper_values` as stars."
+    "One family: accuracy against depth or width (logarithmic), a line for each policy; `paper_values` as stars."
     ticks = pd.concat([stats[["at", "tick"]], stars[["at", "tick"]]]).drop_duplicates("at").sort_values("at")
-    position = {at: i for i, at in enumerate(ticks["at"])}
     for i, line in enumerate(lines):
         rows, paper = stats[stats.line == i], stars[stars.line == i]
         if len(rows):
-            ax.errorbar(rows["at"].map(position), rows["mean"], rows.sd, fmt=line.style, capsize=3, color=line.color,
+            ax.errorbar(rows["at"], rows["mean"], rows.sd, fmt=line.style, capsize=3, color=line.color,
                         label=line.label, clip_on=False)
         if len(paper):
-            ax.plot(paper["at"].map(position), paper["mean"], color=line.color,
+            ax.plot(paper["at"], paper["mean"], color=line.color,
                     label=None if len(rows) else line.label, **STARS)
-    ax.set_xticks(range(len(ticks)), ticks.tick)
-    ax.set(xlim=(-.3, len(ticks) - .7), ylim=_limits(limits, stats))
+    ax.set_xscale("log")
+    ax.set_xticks(ticks["at"], ticks.tick)
+    ax.minorticks_off()
+    ax.set(xlim=(ticks["at"].min()/1.15, ticks["at"].max()*1.15), ylim=_limits(limits, stats))
     corner(ax, stats)
 
 

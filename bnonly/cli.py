@@ -10,6 +10,7 @@ import json as jsons
 import os
 import re
 import sys
+import warnings
 from argparse import ArgumentParser
 from functools import partial
 
@@ -31,12 +32,12 @@ def train(study: str = "scratch",   # the folder under runs/ that keeps the reco
           dtype: str = "",          # of the convolutions: float32 or bfloat16; default: the faster
           **fields):
     "Train one run."
+    from .experiment import Spec, choose
+    spec = Spec(**fields)   # what is wrong is said before the slow imports
     import torch
     from .analysis import analyse
     from .distributed import own_share
-    from .experiment import Spec, choose
     from .train import fit
-    spec = Spec(**fields)
     record = fit(spec, study, device=usable(device) if device else None,
                  dtype=getattr(torch, choose("dtype", dtype, DTYPES)) if dtype else None)
     if not own_share()[0] and record["status"] == "complete":   # of several processes, the first does the rest
@@ -239,6 +240,7 @@ def main(argv: list|None = None):
         return print(HELP)
     if argv[0] == "--version":
         return print(f"bnonly {__version__}")
+    warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated", FutureWarning)   # fastai 2.8 decorates with it
     try:
         command, args = parse(argv)
         check(command, args)

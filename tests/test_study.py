@@ -169,9 +169,13 @@ def test_its_pages_in_a_browser(here, page):
     assert page.locator("nav").is_hidden() and page.locator(".filter").is_hidden()
 
 
-def test_a_mistake_is_answered_by_one_line(bnonly):
-    done = bnonly("study", "minni")
-    assert done.returncode == 1 and "the nearest is 'mini'" in done.stderr
+@pytest.mark.parametrize(
+    "args, answer",
+    [(["study", "minni"], "the nearest is 'mini'"), (["train", "--device", "cpuu"], "the nearest is 'cpu'")],
+)
+def test_a_mistake_is_answered_by_one_line(bnonly, args, answer):
+    done = bnonly(*args)
+    assert done.returncode == 1 and answer in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
