@@ -77,10 +77,10 @@ class Loader:
         return made
 
     def unlabelled(self, items):
-        "Images of a reader's own: paths and, where the images are in memory, images of PIL's, arrays or tensors."
-        from .photos import Files
+        "Images of a reader's own: paths, images of PIL's, arrays or tensors."
+        from .photos import Files, photo
         y = torch.zeros(len(items), dtype=torch.int64)
-        if not self.shape: return Files(tuple(map(os.fspath, items)), y)
+        if not self.shape: return Files(tuple(map(photo, items)), y)
         return self.in_memory(torch.stack([as_image(o, self.shape) for o in items]), y).to(self.device)
 
     def to(self, device):

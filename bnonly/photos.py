@@ -21,7 +21,7 @@ SLIMMEST = 4               # longer to shorter side of what is enlarged for eval
 @dataclass(frozen=True, eq=False, repr=False)
 class Files:
     "One split of a data set, on disk."
-    paths: tuple   # of str
+    paths: tuple   # of str; of images to predict, also images of PIL's
     y: Tensor      # int64 [N], the number of the class
 
     def __len__(self): return len(self.y)
@@ -39,6 +39,18 @@ def class_folders(folder: Path) -> tuple[Files, tuple]:
         if not own: raise BrokenData(f"{folder/name} is empty; {AGAIN}.")
         rows += [(p, y) for p in own]
     return Files(tuple(p for p, _ in rows), torch.tensor([y for _, y in rows], dtype=torch.int64)), tuple(classes)
+
+
+def photo(item):
+    "What `Files` holds of a reader's own image: a path as text; PIL's image, uint8 [H, W, 3] or [H, W] as PIL's RGB."
+    from PIL import Image
+    if isinstance(item, (str, os.PathLike)): return os.fspath(item)
+    if isinstance(item, Image.Image): return item.convert("RGB")
+    x = np.asarray(item)
+    if x.dtype != np.uint8 or x.ndim not in (2, 3) or x.ndim == 3 and x.shape[2] != 3:
+        raise ValueError(f"an image to predict is a path, an image of PIL's, or uint8 [height, width, 3], "
+                         f"not {x.dtype} of {x.shape}.")
+    return Image.fromarray(x).convert("RGB")
 
 
 def open_image(file: Path | BytesIO, name: str):
@@ -92,7 +104,8 @@ class Decoded:
     def __len__(self): return len(self.files)
 
     def __getitem__(self, i):
-        try: image = open_image(self.files.paths[i], self.files.paths[i])
+        image = self.files.paths[i]
+        try: image = open_image(image, image) if isinstance(image, str) else image
         except BrokenData: return i
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(self.seed, "crop", self.epoch, i))

@@ -581,6 +581,20 @@ def test_imagenet(photos):
     assert torch.cat([y for _, y in test]).tolist() == [0, 1, 2]
 
 
+def test_photos_to_predict_are_paths_pictures_arrays_or_tensors(photos):
+    d = load_data("imagenet", photos)
+    valid = FileBatches(d.test, d, 4, workers=0)
+    paths, seen = d.test.paths, next(iter(valid))[0]
+    pictures = [Image.open(p) for p in paths]
+    arrays = [np.array(p) for p in pictures]
+    for items in (paths, pictures, arrays, [torch.from_numpy(a) for a in arrays]):
+        assert torch.equal(next(iter(valid.new(items)))[0], seen)
+    assert next(iter(valid.new([arrays[0][..., 0]])))[0].shape == (1, *seen.shape[1:])   # gray
+    for bad in (torch.rand(3, 30, 40), arrays[0].astype(float), arrays[0][None]):
+        with pytest.raises(ValueError, match="an image to predict is a path, an image of PIL's, or uint8"):
+            valid.new([bad])
+
+
 def test_imagenet_digest_is_that_of_names(photos, tmp_path_factory):
     before = load_data("imagenet", photos).digest
     (photos/"imagenet").rename(photos/"elsewhere")
