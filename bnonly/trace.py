@@ -19,18 +19,14 @@ from torch import fx, nn
 __all__ = ["BATCH_NORMS", "CONVOLUTIONS", "shadow", "same_randomness", "Layers", "follow", "normalization", "place",
            "trace", "last_layers", "on_shortcuts", "core", "refuse_hidden"]
 
-HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-
-
 def shadow(model: nn.Module, known: dict = None) -> nn.Module:
     """A model with the same classes and names, which may be changed freely.
 
-    Its parameters are on the meta device, it has no hooks, and its other attributes are as `copied` gives them.
+    Its parameters are on the meta device, and its other attributes are as `copied` gives them.
     """
     known = {} if known is None else known
     known[id(model)] = new = object.__new__(type(model))
     for name, value in vars(model).items(): new.__dict__[name] = copied(value, known)
-    for name in HOOKS: new.__dict__[name].clear()
     return new
 
 
