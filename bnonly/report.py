@@ -71,7 +71,7 @@ def page(template: str, study: str, here: str, title: str, **values) -> Path:
 # -------- what a study has
 
 
-def finished(study: str) -> list[dict]:
+def finished_records(study: str) -> list[dict]:
     "Its records; `ValueError` where no run has finished."
     if not (found := records(study) or records(choose("study", study, presets()))):
         raise ValueError(f"study {study!r} has no finished run; train it first: bnonly study {study}.")
@@ -80,10 +80,10 @@ def finished(study: str) -> list[dict]:
 
 def claims(study: str):
     "Measure the paper's claims on a study, as `bnonly.claims.ledger` gives them, and write claims.csv and claims.html."
-    from .claims import claims_of, gather, keep, ledger, tally
-    finished(study)
+    from .claims import claims_of, gather, keep_ledger, ledger, tally
+    finished_records(study)
     found = ledger(gather(study), claims_of(study))
-    keep(found, study)
+    keep_ledger(found, study)
     page("claims.html", study, "claims", f"The paper's claims: {study}", rule_of_claims=RULE, tally=tally(found),
          claims=claims_table(found))
     return found
@@ -200,7 +200,7 @@ def site(study: str) -> Path:
 # -------- making them
 
 
-def execute(notebook: str, study: str) -> Path:
+def execute_notebook(notebook: str, study: str) -> Path:
     "Execute a notebook for a study, and keep the copy. A cell that fails raises, and what ran until then is kept."
     out = runs_dir() / study / "notebooks" / f"{notebook}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -227,13 +227,13 @@ def inputs(study: str) -> str:
 def figures(study: str, say=print) -> Path:
     "Draw every figure of a study by executing the notebooks that draw; their folder. `say` is called with progress."
     from .analysis import analyse_study
-    finished(study)
+    finished_records(study)
     todo = drawing(study)
     if "08_affine" in todo:
         analyse_study(study, say)
     for i, name in enumerate(todo, 1):
         say(f"{study}: executing {name} ({i} of {len(todo)} notebooks)")
-        page("notebook.html", study, name, name, cells=notebook_cells(execute(name, study)))
+        page("notebook.html", study, name, name, cells=notebook_cells(execute_notebook(name, study)))
     return runs_dir() / study / "figures"
 
 

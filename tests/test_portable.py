@@ -97,7 +97,7 @@ def test_two_thousand_odd_files_get_a_sentence_each(good, tmp_path, monkeypatch)
 
 def test_a_giant_is_refused_before_it_is_built(network, tmp_path):
     "A file of a few kilobytes that names a network of terabytes."
-    told, vectors = portable.describe(network[0]) | dict(features="0" * 64), {}
+    told, vectors = portable.portable_metadata(network[0]) | dict(features="0" * 64), {}
     for arch in ("wrn14-9999", "wrn1994-100", "wrn14-64"):
         content = serialize(told | dict(arch=arch, policy="none"), vectors)
         with pytest.raises(ValueError, match="parameters, and the limit is"):

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import pandas as pd
 import pytest
-from bnonly.cli import COMMANDS, main, options, parse
+from bnonly.cli import COMMANDS, main, options, parse_arguments
 from bnonly.experiment import preset, results, run_dir, runs_dir, summary
 from bnonly.findings import HEADLINES, MAIN_CLAIMS, accuracies, comparisons
 from bnonly.report import inputs, overview, pages, report, runs_page, settings, unmeasured
@@ -281,7 +281,7 @@ def test_training_is_told_a_device_and_a_type(monkeypatch):
     assert (told["device"], told["dtype"], told["spec"].arch) == (torch.device("cpu"), torch.bfloat16, "resnet8")
     main(["train"])
     assert told["device"] is told["dtype"] is None
-    assert parse(["study", "demo", "--dry-run", "--only", "arch=resnet8"])[1]["dry_run"] is True
+    assert parse_arguments(["study", "demo", "--dry-run", "--only", "arch=resnet8"])[1]["dry_run"] is True
 
 
 def test_the_comparisons_are_the_plans_whatever_is_trained():
