@@ -166,6 +166,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'bnonly.experiment.run_dir': ('experiment.html#run_dir', 'bnonly/experiment.py'),
                                    'bnonly.experiment.runs_dir': ('experiment.html#runs_dir', 'bnonly/experiment.py'),
                                    'bnonly.experiment.seal': ('experiment.html#seal', 'bnonly/experiment.py'),
+                                   'bnonly.experiment.section': ('experiment.html#section', 'bnonly/experiment.py'),
                                    'bnonly.experiment.summary': ('experiment.html#summary', 'bnonly/experiment.py'),
                                    'bnonly.experiment.write': ('experiment.html#write', 'bnonly/experiment.py')},
             'bnonly.features': { 'bnonly.features.clamp': ('features.html#clamp', 'bnonly/features.py'),

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from .captions import TABLES, described, pictures, stand_ins
 from .checked import read_bytes
-from .experiment import Spec, choose, parse_arch, preset, presets, records, results, root, runs_dir, write
+from .experiment import (Spec, choose, parse_arch, preset, presets, records, results, root, runs_dir, section,
+                         write)
 from .findings import RULE, RULE_OF_COMPARISONS, accuracies, claims_table, comparisons, headline, one_sentence
 from .pages import as_table, notebook_cells, render
 
@@ -98,14 +99,11 @@ def unmeasured(study: str) -> list[dict]:
 
 
 def settings(study: str) -> str:
-    "The section of settings.ini that made the study; a comment where there is none."
+    "The section of settings.ini that made the study, its lists written out; a comment where there is none."
     if study not in presets():
         return f"# {study} has no section in settings.ini: its runs were trained one by one"
-    text = (root() / "settings.ini").read_text(encoding="utf-8")
-    header = re.search(rf"(?m)^\[{re.escape(study)}\].*$", text)   # a comment may follow
-    lines = text[header.end()+1:].splitlines()
-    end = next((i for i, line in enumerate(lines) if line.startswith("[")), len(lines))
-    return "\n".join([f"[{study}]"] + [line for line in lines[:end] if not line.startswith("#")]).rstrip()
+    lines = [f"{field} = {values}".replace("\n", "\n    ") for field, values in section(study).items()]
+    return "\n".join([f"[{study}]", *lines]).replace(" = \n", " =\n")
 
 
 def recipe(study: str):

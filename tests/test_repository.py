@@ -282,8 +282,15 @@ def test_committed_records_keep_their_names(monkeypatch):
 
 
 def test_every_preset_can_be_read():
+    "And its lists of networks are those of the figures and claims."
+    from bnonly.accuracy import DEEP, VGGS, WIDE
+    from bnonly.mlp import mlps
+    from bnonly.selections import SMALL
     ini = ConfigParser()
     ini.read(ROOT / "settings.ini")
+    lists = {name: values.split(",") for name, values in ini.defaults().items()}
+    assert (lists["deep"], lists["wide"], lists["vgg"], lists["small"]) == (DEEP, WIDE[1:], VGGS, SMALL)
+    assert all(lists[f"mlps_{w}"] == mlps(w) for w in (10, 20, 40, 80, 100, 400, 784))
     sizes = {s: len(preset(s)) for s in ini.sections()}
     assert min(sizes.values()) > 0 and sizes["paper"] > 700
 
