@@ -295,7 +295,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'bnonly.policies.without_beta': ('policies.html#without_beta', 'bnonly/policies.py')},
             'bnonly.portable': { 'bnonly.portable.Tasks': ('portable.html#tasks', 'bnonly/portable.py'),
                                  'bnonly.portable.Tasks.__init__': ('portable.html#tasks.__init__', 'bnonly/portable.py'),
-                                 'bnonly.portable.Tasks.use': ('portable.html#tasks.use', 'bnonly/portable.py'),
+                                 'bnonly.portable.Tasks.__setitem__': ('portable.html#tasks.__setitem__', 'bnonly/portable.py'),
                                  'bnonly.portable._alike': ('portable.html#_alike', 'bnonly/portable.py'),
                                  'bnonly.portable._plan': ('portable.html#_plan', 'bnonly/portable.py'),
                                  'bnonly.portable.count_parameters': ('portable.html#count_parameters', 'bnonly/portable.py'),

@@ -137,23 +137,18 @@ class Shelf:
 
     `shelf[name] = path` reads a delta, `shelf[name]` puts its numbers and statistics into the model and gives it back.
     All share base and policy; the first one freezes the model, and `ValueError` tells of one that does not fit."""
+    item = "delta"   # as messages call it
+
     def __init__(self, model: nn.Module, files: dict = {}):   # files: name of a delta to its path
-        self.model, self.deltas, self.shared, self.places = model, {}, None, []
+        self.model, self.deltas, self.shared = model, {}, None
         for name, path in files.items(): self[name] = path
 
     def __setitem__(self, name: str, path: Path):
-        if self.shared is None: return self._first(name, path)
-        metadata, tensors = read_sealed(path, "delta of this shelf", self._plan, _HEADER)
-        self._keep(name, tensors)
-
-    def _first(self, name, path):
-        metadata, tensors = read_delta(path, self.model)
-        _put(self.model, metadata, tensors)
-        self.shared, inside = {k: metadata[k] for k in SHARED}, unwrapped(self.model)
-        self.how = frozen_as(self.model)
-        self.shapes = {n: (t.shape, t.dtype) for n, t in trained_state(inside).items()}
-        self.places = [(inside.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in self.shapes]
-        self._keep(name, tensors)
+        if self.shared is None:
+            metadata, tensors = read_delta(path, self.model)
+            _put(self.model, metadata, tensors)
+        else: metadata, tensors = read_sealed(path, "delta of this shelf", self._plan, _HEADER)
+        self._keep(name, tensors, {k: metadata[k] for k in SHARED})
 
     def _plan(self, metadata):
         about(metadata)
@@ -162,15 +157,20 @@ class Shelf:
                              "deltas of a shelf share base and policy")
         return self.shapes
 
-    def _keep(self, name, tensors):
+    def _keep(self, name, tensors, shared):   # into the model as it is frozen; shared: what all have in common
+        if self.shared is None:
+            self.shared, self.how, inside = shared, frozen_as(self.model), unwrapped(self.model)
+            self.shapes = {n: (t.shape, t.dtype) for n, t in trained_state(inside).items()}
+            self.places = [(inside.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in self.shapes]
         device = next(self.model.parameters()).device
         self.deltas[name] = [tensors[n].to(device) for n in self.shapes]
 
     def use(self, name: str) -> nn.Module:   # the model
         "Put a delta into the model in place; `ValueError` with the nearest name for one that is not here."
-        numbers = self.deltas[choose("delta", name, self.deltas)]
+        numbers = self.deltas[choose(self.item, name, self.deltas)]
         if frozen_as(self.model) != self.how:
-            raise ValueError("the model was frozen otherwise after its first delta was read; make another Shelf of it.")
+            raise ValueError(f"the model was frozen otherwise after its first {self.item} was read; "
+                             f"make another {type(self).__name__} of it.")
         with torch.no_grad():
             for (m, kind), t in zip(self.places, numbers): getattr(m, kind).copy_(t)
         return self.model

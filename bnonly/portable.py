@@ -18,6 +18,7 @@ from torch import nn
 
 # %% ../nbs/09_portable.ipynb #21c428b7
 from . import __version__
+from .delta import Shelf
 from .experiment import BN_INITS, INITS, Spec, choose, parse_arch, parse_policy, write
 from .features import restore
 from .models import build, create_model, roles
@@ -184,23 +185,19 @@ def file_size(arch:str,            # e.g. 'resnet866'
     return len(serialize(metadata, zeros)), sum(t.numel()*t.element_size() for t in model.state_dict().values())
 
 # %% ../nbs/09_portable.ipynb #c83c8bfd
-class Tasks:
-    "One random network, and what each of several tasks trained of it."
+class Tasks(Shelf):
+    "One random network, and what each of several tasks trained of it: a `Shelf` of portable files."
+    item = "task"
+
     def __init__(self, files:dict, device=None):   # name of a task to its portable file
         if not files: raise ValueError("Tasks needs at least one portable file; save_portable writes them.")
-        self.model = load_portable(next(iter(files.values())), device)
-        self.places, self.moved, first = list(trained_state(self.model).values()), {}, None
-        for name,path in files.items():
-            metadata, made, vectors = read(path)
-            first = first or dict(made, features=metadata["features"])
-            if dict(made, features=metadata["features"]) != first:
-                raise ValueError(f"{path} stands on another random network than the first file; "
-                                 "tasks share architecture, seed, policy and arithmetic.")
-            own = unpack(vectors, layout(*(made[k] for k in ("arch", "num_classes", "in_channels", "policy"))))
-            self.moved[name] = [own[n].to(self.places[0].device) for n in trained_state(self.model)]
+        super().__init__(load_portable(next(iter(files.values())), device), files)
 
-    def use(self, task:str) -> nn.Module:   # the network, for this task
-        "Put a task's numbers into the network."
-        with torch.no_grad():
-            for place,tensor in zip(self.places, self.moved[choose("task", task, self.moved)]): place.copy_(tensor)
-        return self.model
+    def __setitem__(self, name:str, path:Path):
+        metadata, made, vectors = read(path)
+        shared = dict(made, features=metadata["features"])
+        if shared != (self.shared or shared):
+            raise ValueError(f"{path} stands on another random network than the first file; "
+                             "tasks share architecture, seed, policy and arithmetic.")
+        plan = layout(*(made[k] for k in ("arch", "num_classes", "in_channels", "policy")))
+        self._keep(name, unpack(vectors, plan), shared)
