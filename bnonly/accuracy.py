@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEEP', 'WIDE', 'IMAGENET', 'VGGS', 'PARTS', 'GROWING', 'WIDTHS', 'DEPTHS_TRIED', 'SEEDS', 'PAIRS', 'specifications',
            'table1', 'tableC1', 'doubling', 'budgets', 'growth', 'small_resnets', 'small_runs', 'welch', 'interval',
-           'verdict', 'shown', 'ordering']
+           'compare_means', 'shown', 'ordering']
 
 # %% ../nbs/07_accuracy.ipynb #df5f7ece
 import numpy as np
@@ -121,7 +121,7 @@ def interval(value:float, se:float, df:float, confidence:float=.95) -> tuple[flo
     return value - reach, value + reach
 
 # %% ../nbs/07_accuracy.ipynb #8bec663b
-def verdict(above:dict, below:dict) -> str:   # rows of `summary`: mean, sd, n
+def compare_means(above:dict, below:dict) -> str:   # rows of `summary`: mean, sd, n
     "Whether one mean lies beyond another, at a level of 5%."
     error = welch([(1, above["sd"], above["n"]), (-1, below["sd"], below["n"])])
     low, high = interval(above["mean"] - below["mean"], *error)
@@ -140,7 +140,7 @@ def _compare(one, two):
     def name(r): return f"{r['arch']} {r['policy']}"
     def numbers(r): return shown(r["mean"], r["sd"], r["n"])
     return {"the paper finds": f"{name(one)} > {name(two)}", "first": numbers(one),
-            "second": numbers(two), "here": verdict(one, two)}
+            "second": numbers(two), "here": compare_means(one, two)}
 
 def ordering(table:pd.DataFrame   # as `results` gives it
             ) -> pd.DataFrame:    # one row a comparison

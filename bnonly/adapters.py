@@ -13,7 +13,7 @@ from .policies import freeze, shared, unfreeze
 
 __all__ = ["from_peft", "to_peft"]
 
-TOKENS = {"bn": ("bn",), "norm": ("bn", "norm"), "output": ("output",)}   # what peft can train, as roles
+PEFT_ROLES = {"bn": ("bn",), "norm": ("bn", "norm"), "output": ("output",)}   # what peft can train, as roles
 
 
 def _peft():
@@ -52,13 +52,13 @@ def to_peft(model: nn.Module,                # which stays as it is; `peft.get_p
 
     `ValueError` for a policy or a model of which peft cannot train exactly that, `ImportError` without peft."""
     peft, tokens = _peft(), [t for t, _ in parse_policy(policy)]
-    if odd := [t for t in tokens if t not in TOKENS]:
+    if odd := [t for t in tokens if t not in PEFT_ROLES]:
         raise ValueError(f"policy {policy!r} trains {odd[0]!r}, which peft's LNTuningConfig cannot; "
                          "the nearest is 'norm'.")
     if tokens == ["output"]:
         raise ValueError("policy 'output' has no normalization, which peft's LNTuningConfig needs; "
                          "the nearest is 'norm+output'.")
-    norms = _holders(model, {r for t in tokens if t != "output" for r in TOKENS[t]}, output)
+    norms = _holders(model, {r for t in tokens if t != "output" for r in PEFT_ROLES[t]}, output)
     last = _holders(model, {"output"}, output) if "output" in tokens else []
     if not norms: raise ValueError(f"policy {policy!r} trains no normalization of {type(model).__name__}.")
     for n in last:
@@ -98,7 +98,7 @@ def _replace(model, name, new):
 def _as_policy(model, norms, last):
     "Freeze a model by the policy that trains these modules."
     for token in ("norm", "bn"):
-        odd = {*norms} ^ {*_holders(model, set(TOKENS[token]), ())}
+        odd = {*norms} ^ {*_holders(model, set(PEFT_ROLES[token]), ())}
         if not odd: return freeze(model, f"{token}+output" if last else token, output=tuple(last) or None)
     raise ValueError("no policy trains what this adapter does, some normalizations and not all, or something else, "
                      f"e.g. {sorted(odd)[0]!r}.")

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from . import ops
-from .bounds import rates, work
+from .bounds import peak_rates, work
 from .data import load_data
 from .experiment import Spec, parse_arch, parse_policy, root, run_dir, runs_dir, write
 from .machine import default_device, machine
@@ -29,7 +29,7 @@ from .train import default_dtype, fit, fit_many, prepare
 
 # -------- the table
 
-ARCHS, TRAINS = ("resnet14", "resnet56", "wrn14-4", "vgg11"), ("bn", "all", "random2")
+_ARCHS, _POLICIES = ("resnet14", "resnet56", "wrn14-4", "vgg11"), ("bn", "all", "random2")
 
 
 def row(arch:str, policy:str,
@@ -47,7 +47,7 @@ def row(arch:str, policy:str,
 
 
 def explain(r:dict,       # as `row` gives it
-            best:tuple    # as `rates` gives it
+            best:tuple    # as `peak_rates` gives it
            ) -> dict:
     "A row, with the milliseconds of its step and what of them the machine's best rates explain."
     dtype, step = getattr(torch, r["dtype"]), 128/r["images_per_second"]
@@ -57,7 +57,7 @@ def explain(r:dict,       # as `row` gives it
     return {**r, **{k: round(1000*t, 1) for k,t in times.items()}, "bound": round((multiply+move)/step, 2)}
 
 
-def in_words(r:dict) -> str:   # r: a row of `bench`, `bench_ideas`, `bench_goals` or `bench_steps`
+def row_in_words(r:dict) -> str:   # r: a row of `bench`, `bench_ideas`, `bench_goals` or `bench_steps`
     "A row as a line."
     if "kernel" in r:
         return (f"{r['kernel']}, {r['dtype']}, {r['channels']} channels of {r['size']}x{r['size']}: "
@@ -72,7 +72,7 @@ def in_words(r:dict) -> str:   # r: a row of `bench`, `bench_ideas`, `bench_goal
             f"best rates allow {r['multiply_ms']} for products and {r['move_ms']} for moving ({r['bound']:.0%})")
 
 
-def bench(archs=ARCHS, policies=TRAINS,
+def bench(archs=_ARCHS, policies=_POLICIES,
           open_lth:str="",     # a checkout of open_lth
           rounds:int=3,        # turns of each candidate
           say=print            # called with each row, whose `bound` knows the best rates so far
@@ -89,26 +89,26 @@ def bench(archs=ARCHS, policies=TRAINS,
     with processes(candidates(open_lth), open_lth) as found:
         for a,p in product(archs, policies):
             r = row(a, p, found, rounds)   # first, since the candidates are busy while they start
-            for dtype in multiplied: best = tuple(map(max, best, rates(dtype)))
+            for dtype in multiplied: best = tuple(map(max, best, peak_rates(dtype)))
             rows.append(explain(r, best))
             say(rows[-1])
-    whole = (tuple(archs), tuple(policies)) == (ARCHS, TRAINS)
-    return keep("" if whole else ",".join(("", *archs, *policies)), [explain(r, best) for r in rows],
-                gemm_flops=round(best[0]), copy_bytes=round(best[1]))
+    whole = (tuple(archs), tuple(policies)) == (_ARCHS, _POLICIES)
+    return keep_benchmark("" if whole else ",".join(("", *archs, *policies)), [explain(r, best) for r in rows],
+                          gemm_flops=round(best[0]), copy_bytes=round(best[1]))
 
 
-def keep(what, rows, device=None, **rest) -> dict:
+def keep_benchmark(what, rows, device=None, **rest) -> dict:
     "Write a record under runs/bench, named by the device, on a CPU the instruction set, and what was timed."
     found = machine(device := device or default_device())
     record = dict(machine=found, limits={k: os.environ[k] for k in LIMITS if k in os.environ}, **rest, rows=rows)
-    write(runs_dir()/"bench"/f"{place(device, found)}{what}.json", json.dumps(record, indent=1)+"\n")
+    write(runs_dir()/"bench"/f"{processor_name(device, found)}{what}.json", json.dumps(record, indent=1)+"\n")
     return record
 
 
 LIMITS = "BNONLY_MARCH", "BNONLY_KERNELS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS"
 
 
-def place(device, found): return f"cpu,{found['kernels']}" if device.type == "cpu" else device.type
+def processor_name(device, found): return f"cpu,{found['kernels']}" if device.type == "cpu" else device.type
 
 
 # -------- the ideas of a step, one after the other
@@ -123,12 +123,12 @@ def bench_ideas(rounds:int=4, say=print) -> dict:   # the record
                 idea = "the Learner" if n == "bnonly" else n
                 rows.append(dict(arch="resnet14", policy=p, idea=idea, **timed))
                 say(rows[-1])
-    return keep(",ideas", rows)
+    return keep_benchmark(",ideas", rows)
 
 
 # -------- each kernel beside PyTorch's operator; `bnonly.native` decides by it what computes a convolution of bfloat16
 
-SHAPES = (16, 32), (32, 16), (64, 8), (256, 8), (512, 4)   # channels; rows and columns: the stages of ResNets and VGG
+_SHAPES = (16, 32), (32, 16), (64, 8), (256, 8), (512, 4)   # channels; rows and columns: stages of ResNets and VGG
 
 
 def kernel_pairs(dtype, channels:int, size:int) -> dict:   # name to two functions: the kernel's, PyTorch's
@@ -141,7 +141,7 @@ def kernel_pairs(dtype, channels:int, size:int) -> dict:   # name to two functio
     def step(f): return lambda: torch.autograd.grad(f(leaf, residual, gamma, beta), (leaf, residual, gamma, beta), dy)
     half = dy[..., ::2, ::2].contiguous(**last)
     def forward(algorithm, stride):
-        packed, how = ops.pack(w, algorithm, stride=stride), ((stride, stride), (1, 1))
+        packed, how = ops.pack_weight(w, algorithm, stride=stride), ((stride, stride), (1, 1))
         own = lambda: ops.conv2d(x, w, None, packed, None, *how, algorithm=algorithm)
         return own, lambda: F.conv2d(x, w, None, *how)
     def grad(algorithm, g, stride):
@@ -154,7 +154,7 @@ def kernel_pairs(dtype, channels:int, size:int) -> dict:   # name to two functio
             "3x3, stride 2 (direct)": forward("direct", 2), "3x3, stride 2, weight gradient": grad("direct", half, 2)}
 
 
-def bench_kernels(shapes=SHAPES, rounds:int=7, say=print) -> dict:   # the record
+def bench_kernels(shapes=_SHAPES, rounds:int=7, say=print) -> dict:   # the record
     "Time each kernel beside PyTorch's operator, in turns, and keep the record: the shortest of all rounds counts."
     rows = []
     for dtype,(c,s) in product((torch.float32, torch.bfloat16), shapes):
@@ -163,7 +163,7 @@ def bench_kernels(shapes=SHAPES, rounds:int=7, say=print) -> dict:   # the recor
             rows.append(dict(kernel=name, dtype=str(dtype)[6:], channels=c, size=s, ms=round(own, 3),
                              pytorch_ms=round(theirs, 3), ratio=round(theirs/own, 2)))
             say(rows[-1])
-    return keep(",kernels", rows)
+    return keep_benchmark(",kernels", rows)
 
 
 def shortest(pair, rounds:int) -> list:   # milliseconds of each
@@ -179,9 +179,9 @@ def shortest(pair, rounds:int) -> list:   # milliseconds of each
 
 # -------- what a study costs
 
-KINDS = "bn", "all", "random2", "output"
-SMALL = "resnet14", "resnet56", "resnet110", "wrn14-2", "wrn14-4", "wrn14-8", "vgg11", "vgg16", "vgg19"
-PRICED = ((32, 128, SMALL, KINDS), (224, 16, ("resnet18", "resnet50"), KINDS),
+_STEP_POLICIES = "bn", "all", "random2", "output"
+_STEP_NETWORKS = "resnet14", "resnet56", "resnet110", "wrn14-2", "wrn14-4", "wrn14-8", "vgg11", "vgg16", "vgg19"
+_STEPS = ((32, 128, _STEP_NETWORKS, _STEP_POLICIES), (224, 16, ("resnet18", "resnet50"), _STEP_POLICIES),
           (224, 16, ("resnet34", "resnet101", "resnet200"), ("bn",)))   # pixels, images in a step, networks, policies
 
 
@@ -202,7 +202,7 @@ def step_seconds(arch:str, policy:str, pixels:int, batch_size:int) -> float:   #
     return min(times[1:])
 
 
-def bench_steps(priced=PRICED, say=print) -> dict:   # the record
+def bench_steps(priced=_STEPS, say=print) -> dict:   # the record
     "Time one thread's steps, and keep the record."
     before, rows, cpu = torch.get_num_threads(), [], torch.device("cpu")
     torch.set_num_threads(1)
@@ -213,7 +213,7 @@ def bench_steps(priced=PRICED, say=print) -> dict:   # the record
                 rows.append(dict(arch=a, policy=p, pixels=pixels, batch_size=batch_size,
                                  milliseconds_per_image=round(ms, 4)))
                 say(rows[-1])
-        return keep(",steps", rows, cpu, dtype=str(default_dtype(cpu, a)).split(".")[1])
+        return keep_benchmark(",steps", rows, cpu, dtype=str(default_dtype(cpu, a)).split(".")[1])
     finally: torch.set_num_threads(before)
 
 
@@ -252,14 +252,14 @@ def bench_goals(data:str="cifar10", wanted=GOALS, epochs:int=4, say=print) -> di
         rows.append(dict(what=what, goal=GOALS.get(what), measured=round(measured, 2), arch=arch, policy="bn",
                          data=images.label, epochs=epochs))
         say(rows[-1])
-    return keep(",goals", rows)
+    return keep_benchmark(",goals", rows)
 
 
 # -------- what is committed
 
 
-def recorded(name:str   # of a file in runs/bench, e.g. 'cpu'
-            ) -> dict|None:
+def load_benchmark(name:str   # of a file in runs/bench, e.g. 'cpu'
+                  ) -> dict|None:
     "A committed benchmark, if there is one."
     file = root()/"runs/bench"/f"{name}.json"
     return json.loads(file.read_bytes()) if file.exists() else None
@@ -267,5 +267,5 @@ def recorded(name:str   # of a file in runs/bench, e.g. 'cpu'
 
 def goals() -> pd.DataFrame:
     "The goals beside what a GPU took, as committed."
-    measured = {r["what"]: r["measured"] for r in (recorded("cuda,goals") or dict(rows=[]))["rows"]}
+    measured = {r["what"]: r["measured"] for r in (load_benchmark("cuda,goals") or dict(rows=[]))["rows"]}
     return pd.DataFrame([dict(what=k, goal=v, measured=measured.get(k, "not measured")) for k,v in GOALS.items()])

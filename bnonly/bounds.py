@@ -15,7 +15,7 @@ from .models import create_model
 from .policies import freeze
 
 
-def rates(dtype:torch.dtype) -> tuple:   # multiply-adds times two a second; bytes a second
+def peak_rates(dtype:torch.dtype) -> tuple:   # multiply-adds times two a second; bytes a second
     "What the machine does at best: matrix products, and copies."
     device = default_device()
     def best(f, work, n=7):

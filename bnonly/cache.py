@@ -38,7 +38,7 @@ def stamp(source: Path) -> str:
     return sha.hexdigest()[:32]
 
 
-def seal(about: dict) -> str: return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+def _seal(about: dict) -> str: return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
 def save_cache(tensors: dict, about: dict, source: Path, before: str, name: str) -> Path | None:
@@ -50,7 +50,7 @@ def save_cache(tensors: dict, about: dict, source: Path, before: str, name: str)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as tmp:
-                save_file(tensors, f"{tmp}/{file.name}", dict(about=json.dumps(about), seal=seal(about)))
+                save_file(tensors, f"{tmp}/{file.name}", dict(about=json.dumps(about), seal=_seal(about)))
                 # there are file systems without permissions
                 with suppress(OSError): os.chmod(f"{tmp}/{file.name}", 0o644)
                 os.replace(f"{tmp}/{file.name}", file)
@@ -71,7 +71,7 @@ def read_cache(file: Path, folder: Path, digest: Callable, first: str | None = N
         with safe_open(file, "pt") as f:
             about, told = json.loads(f.metadata()["about"]), f.metadata()["seal"]
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-        if (digest(tensors), seal(about)) != (about["digest"], told): raise ValueError
+        if (digest(tensors), _seal(about)) != (about["digest"], told): raise ValueError
         source = folder/about["source"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return warnings.warn(f"{file} is cut off or was edited; it is built again from its source.")

@@ -6,7 +6,7 @@ from pathlib import Path
 from .experiment import parse_arch
 
 IMAGENETS = "the ResNets for ImageNet"
-FAMILIES = {"ResNet": "every ResNet", "WRN": "every WRN", "ImageNet": IMAGENETS, "VGG": "every VGG"}
+_NETWORKS = {"ResNet": "every ResNet", "WRN": "every WRN", "ImageNet": IMAGENETS, "VGG": "every VGG"}
 
 CAPTIONS = {   # name to what it shows, and the families it has panels for; the figures of `LAYOUTS` say it themselves
     "fig03": ("Accuracy against the number of BatchNorm parameters, and its slope per doubling", "ResNet WRN"),
@@ -17,8 +17,8 @@ CAPTIONS = {   # name to what it shows, and the families it has panels for; the 
     "fig07": ("The share of ReLUs that are zero in more than 99% of images and positions", "ResNet WRN ImageNet"),
     "fig10": ("Training only BatchNorm beside small networks that train in full", "ResNet WRN small"),
     **{f"fig{15 + 2*i + j}": (f"The distributions of {value} in {where}", family)
-       for i, (family, where) in enumerate(FAMILIES.items()) for j, value in enumerate(("gamma", "beta"))},
-    **{f"fig{23 + i}": (f"How often each ReLU is at 0, in {FAMILIES[family]}", family)
+       for i, (family, where) in enumerate(_NETWORKS.items()) for j, value in enumerate(("gamma", "beta"))},
+    **{f"fig{23 + i}": (f"How often each ReLU is at 0, in {_NETWORKS[family]}", family)
        for i, family in enumerate(("ResNet", "WRN", "ImageNet"))},
 }
 

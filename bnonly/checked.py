@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-LARGEST = 64 * 2**20   # bytes of a file that is read whole
+_LARGEST = 64 * 2**20   # bytes of a file that is read whole
 
 
 def read_bytes(path: Path) -> bytes:
@@ -18,8 +18,8 @@ def read_bytes(path: Path) -> bytes:
         about = os.fstat(file)
         if not stat.S_ISREG(about.st_mode):
             raise ValueError(f"{path} is not a file")
-        if about.st_size > LARGEST:
-            raise ValueError(f"{path} has {about.st_size:,} bytes, and at most {LARGEST:,} are read")
+        if about.st_size > _LARGEST:
+            raise ValueError(f"{path} has {about.st_size:,} bytes, and at most {_LARGEST:,} are read")
         return f.read()
 
 

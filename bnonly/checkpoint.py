@@ -24,9 +24,9 @@ from .machine import machine
 from .photos import named
 from .policies import counts, load_trained_state, trained_state, trainable
 from .runlock import LostLock
-from .sealed import digest
+from .sealed import digest_tensors
 
-__all__ = ["Checkpointer", "attempt", "callback_names", "digest", "finish", "load_state", "parts", "random_states",
+__all__ = ["Checkpointer", "attempt", "callback_names", "finish", "load_state", "parts", "random_states",
            "read_state", "save_state", "set_random_states"]
 
 
@@ -56,7 +56,7 @@ def save_state(learn, path: Path, rows: list, **about):
     tensors |= {f"momentum/{n}": t for n, t in momenta.items() if t is not None}
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     metadata = {k: json.dumps(v) for k, v in dict(rows=rows, random=random_states(), **about).items()}
-    write(path, safetensors.torch.save(tensors, metadata | dict(digest=digest(tensors, metadata))))
+    write(path, safetensors.torch.save(tensors, metadata | dict(digest=digest_tensors(tensors, metadata))))
 
 
 def read_state(path: Path) -> tuple:   # metadata and tensors, both by name
@@ -66,7 +66,7 @@ def read_state(path: Path) -> tuple:   # metadata and tensors, both by name
         if not path.is_file(): raise ValueError
         with safetensors.safe_open(path, "pt") as f:
             metadata, tensors = f.metadata(), {n: f.get_tensor(n) for n in f.keys()}
-        if metadata.pop("digest") != digest(tensors, metadata): raise ValueError
+        if metadata.pop("digest") != digest_tensors(tensors, metadata): raise ValueError
     except Exception as e:
         raise ValueError(f"{path} is damaged; delete it to start the run anew.") from e
     return {k: json.loads(v) for k, v in metadata.items()}, tensors

@@ -6,7 +6,7 @@
 __all__ = ['BOTH_FAMILIES', 'WRITTEN', 'EXACT', 'PAPERS', 'CLAIMS', 'HENRIKSBOE', 'REGULARIZATION', 'MEASURES', 'LEVEL', 'SCALE',
            'AUTHORS', 'ORDER', 'per_run', 'gather', 'Claim', 'stated', 'printed', 'claim', 'read_claims', 'counted',
            'regions', 'judge', 'together', 'scale_of', 'belongs', 'verdict', 'needs', 'ledger', 'once', 'tally',
-           'claims_of', 'keep']
+           'claims_of', 'keep_ledger']
 
 # %% ../nbs/12_claims.ipynb #3a177791
 import tomllib
@@ -26,7 +26,7 @@ from .measures import KINDS, ON, Item
 from .recipes import single_recipe
 from .regularization import at_start
 from .robustness import with_robustness
-from .selections import FAMILIES, FREE, select
+from .selections import FAMILIES, FREE, parse_selection
 from .shapes import convolutions, sizes
 
 # %% ../nbs/12_claims.ipynb #ca7a5aa6
@@ -199,7 +199,7 @@ SCALE["lenet"] = SCALE["mlp"]
 
 def scale_of(claim:Claim) -> tuple:   # networks, {(images, epochs, '')}, images to seeds
     "On what a paper measured a claim."
-    archs = {ON[claim.on][0]} if claim.on else {a for words in claim.runs for a in select(words).archs}
+    archs = {ON[claim.on][0]} if claim.on else {a for words in claim.runs for a in parse_selection(words).archs}
     scales = {ON[claim.on][1:]} if claim.on else {SCALE.get(parse_arch(a).family, SCALE["cifar"]) for a in archs}
     return archs, {(images, epochs, "") for images,epochs,_ in scales}, {images: n for images,_,n in scales}
 
@@ -207,7 +207,7 @@ def scale_of(claim:Claim) -> tuple:   # networks, {(images, epochs, '')}, images
 def belongs(claim:Claim, items:list) -> bool:
     "Whether the images can speak of a claim: a number of a named network is about the paper's images."
     ordering = not claim.number and claim.says in ("above", "shrinks")
-    named = not claim.on and not ordering and any(not select(w).which for w in claim.runs)
+    named = not claim.on and not ordering and any(not parse_selection(w).which for w in claim.runs)
     images = {w[0] for i in items for p in i.used for w in p.where}
     return not named or all(i.startswith(("CIFAR-10", "ImageNet", "MNIST")) for i in images)
 
@@ -307,6 +307,6 @@ def claims_of(study:str) -> list:   # of Claim
     "The claims of the paper that a study is about, by the first word of its name."
     return dict(mlp=HENRIKSBOE, regularization=REGULARIZATION).get(study.partition("-")[0], CLAIMS)
 
-def keep(table:pd.DataFrame, study:str):
+def keep_ledger(table:pd.DataFrame, study:str):
     "Write the ledger as a table beside the study's report."
     return write(runs_dir()/study/"report"/"claims.csv", table.to_csv(index=False))

@@ -17,7 +17,7 @@ from functools import partial
 from . import __version__
 from .processes import stop_on_signals
 
-DTYPES = "float32", "bfloat16"
+_DTYPES = "float32", "bfloat16"
 
 
 class WrongUse(ValueError):
@@ -27,10 +27,10 @@ class WrongUse(ValueError):
 # -------- the commands
 
 
-def train(study: str = "scratch",   # the folder under runs/ that keeps the record
-          device: str = "",         # cpu, cuda, cuda:1, mps; default: the accelerator if there is one
-          dtype: str = "",          # of the convolutions: float32 or bfloat16; default: the faster
-          **fields):
+def train_command(study: str = "scratch",   # the folder under runs/ that keeps the record
+                  device: str = "",         # cpu, cuda, cuda:1, mps; default: the accelerator if there is one
+                  dtype: str = "",          # of the convolutions: float32 or bfloat16; default: the faster
+                  **fields):
     "Train one run."
     from .experiment import Spec, choose
     spec = Spec(**fields)   # what is wrong is said before the slow imports
@@ -39,7 +39,7 @@ def train(study: str = "scratch",   # the folder under runs/ that keeps the reco
     from .distributed import own_share
     from .train import fit
     record = fit(spec, study, device=usable(device) if device else None,
-                 dtype=getattr(torch, choose("dtype", dtype, DTYPES)) if dtype else None)
+                 dtype=getattr(torch, choose("dtype", dtype, _DTYPES)) if dtype else None)
     if not own_share()[0] and record["status"] == "complete":   # of several processes, the first does the rest
         analyse(spec, study)
 
@@ -57,23 +57,23 @@ def usable(name: str):
         raise ValueError(f"device {name!r} cannot be used here ({why}); the nearest is {kind!r}.") from None
 
 
-def study(name: str,                     # a section of settings.ini, e.g. demo, short, paper
-          workers: int = 0,              # processes; 0 is one for each core
-          only: str = "",                # part of the study, e.g. 'policy=bn arch=resnet56,resnet110'
-          retry_failed: bool = False,    # take up again what failed or diverged
-          engine: str = "processes",     # processes (of this machine) or ray (a cluster, $RAY_ADDRESS)
-          gpus_per_run: float = 0,       # with ray: GPUs for each run, e.g. 0.2
-          hours: float = 0,              # after which to stop; what comes first in the study is trained first
-          dry_run: bool = False):        # list the runs that are missing and train nothing
+def study_command(name: str,                     # a section of settings.ini, e.g. demo, short, paper
+                  workers: int = 0,              # processes; 0 is one for each core
+                  only: str = "",                # part of the study, e.g. 'policy=bn arch=resnet56,resnet110'
+                  retry_failed: bool = False,    # take up again what failed or diverged
+                  engine: str = "processes",     # processes (of this machine) or ray (a cluster, $RAY_ADDRESS)
+                  gpus_per_run: float = 0,       # with ray: GPUs for each run, e.g. 0.2
+                  hours: float = 0,              # after which to stop; what comes first in the study is trained first
+                  dry_run: bool = False):        # list the runs that are missing and train nothing
     "Train what a study still lacks."
     from .analysis import analyse
     from .experiment import choose, preset, results
-    from .pace import Line, clock, expected
+    from .pace import StatusLine, clock, expected
     from .sweep import ENGINES, missing, own_cores, retry, select, state, sweep
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"study {name} cannot train each run on several processes; "
                          f"name one run: accelerate launch bnonly train --study {name}.")
-    line, specs, run = Line(), select(preset(name), only), ENGINES[choose("engine", engine, ENGINES)]
+    line, specs, run = StatusLine(), select(preset(name), only), ENGINES[choose("engine", engine, ENGINES)]
     if retry_failed and not dry_run:
         for s in specs:
             retry(s, name)
@@ -105,16 +105,16 @@ def tell_failures(study: str, failed: dict, before: list):
         sys.exit(1)
 
 
-def figures(name: str):   # a section of settings.ini, e.g. demo, short, paper
+def figures_command(name: str):   # a section of settings.ini, e.g. demo, short, paper
     "Draw every figure of a study."
     from .report import figures
-    from .pace import Line
-    line = Line()
+    from .pace import StatusLine
+    line = StatusLine()
     line(f"{name}: the figures are in {figures(name, line)}", end=True)
 
 
-def claims(name: str,             # a section of settings.ini, e.g. demo, short, paper
-           json: bool = False):   # print a list of records instead of sentences
+def claims_command(name: str,             # a section of settings.ini, e.g. demo, short, paper
+                   json: bool = False):   # print a list of records instead of sentences
     "Print the paper's claims beside what a study measured."
     from .claims import tally
     from .report import claims
@@ -129,38 +129,38 @@ def claims(name: str,             # a section of settings.ini, e.g. demo, short,
     print(f"\n{tally(found)}")
 
 
-def report(name: str):   # a section of settings.ini, e.g. demo, short, paper
+def report_command(name: str):   # a section of settings.ini, e.g. demo, short, paper
     "Draw a study's figures and write its report."
     from .report import report
-    from .pace import Line
-    line = Line()
+    from .pace import StatusLine
+    line = StatusLine()
     line(f"{name}: the report is at {report(name, line)}", end=True)
 
 
-def explore(port: int = 8866):   # of the page on this machine
+def explore_command(port: int = 8866):   # of the page on this machine
     "Turn a run over in a browser."
     from .analysis import analyse_study
     from .explorer_page import serve_explorer
-    from .pace import Line
+    from .pace import StatusLine
     try:
-        analyse_study("scratch", Line())   # a study analyses its runs; those that were trained one by one wait for this
+        analyse_study("scratch", StatusLine())   # of a study they are analysed; those trained one by one wait for this
     except (OSError, ValueError, RuntimeError) as e:
         print(f"bnonly: not every run of scratch could be analysed: {e}", file=sys.stderr)
     serve_explorer(port)
 
 
-def bench(archs: str = "resnet14,resnet56,wrn14-4,vgg11",   # networks
-          policies: str = "bn,all,random2",   # what trains
-          open_lth: str = "",      # a checkout of the authors' framework, to time it too
-          rounds: int = 4,         # turns of each candidate
-          ideas: bool = False,     # time what each idea gives instead
-          kernels: bool = False,   # time each kernel beside PyTorch's operator instead
-          goals: bool = False,     # time the paper's epochs of whole runs instead, on a GPU
-          steps: bool = False,     # time one thread's steps of many networks instead, which price a study
-          json: bool = False):     # print a JSON line for each row
+def bench_command(archs: str = "resnet14,resnet56,wrn14-4,vgg11",   # networks
+                  policies: str = "bn,all,random2",   # what trains
+                  open_lth: str = "",      # a checkout of the authors' framework, to time it too
+                  rounds: int = 4,         # turns of each candidate
+                  ideas: bool = False,     # time what each idea gives instead
+                  kernels: bool = False,   # time each kernel beside PyTorch's operator instead
+                  goals: bool = False,     # time the paper's epochs of whole runs instead, on a GPU
+                  steps: bool = False,     # time one thread's steps of many networks instead, which price a study
+                  json: bool = False):     # print a JSON line for each row
     "Time a training step beside what one would use instead."
-    from .bench import bench, bench_goals, bench_ideas, bench_kernels, bench_steps, in_words
-    say = lambda row: print(jsons.dumps(row) if json else in_words(row), flush=True)
+    from .bench import bench, bench_goals, bench_ideas, bench_kernels, bench_steps, row_in_words
+    say = lambda row: print(jsons.dumps(row) if json else row_in_words(row), flush=True)
     if ideas:
         return bench_ideas(rounds=rounds, say=say)
     for asked, other in ((kernels, bench_kernels), (goals, bench_goals), (steps, bench_steps)):
@@ -169,7 +169,8 @@ def bench(archs: str = "resnet14,resnet56,wrn14-4,vgg11",   # networks
     bench(archs.split(","), policies.split(","), open_lth, rounds, say)
 
 
-COMMANDS = {f.__name__: f for f in (train, study, figures, claims, report, explore, bench)}
+COMMANDS = dict(train=train_command, study=study_command, figures=figures_command, claims=claims_command,
+                report=report_command, explore=explore_command, bench=bench_command)
 
 # -------- reading them
 
@@ -194,7 +195,7 @@ def parser(command: str) -> ArgumentParser:
                           conflict_handler="resolve", allow_abbrev=False)
 
 
-def parse(argv: list) -> tuple[str, dict]:
+def parse_arguments(argv: list) -> tuple[str, dict]:
     "The command and its arguments; `WrongUse` where one of the two does not exist."
     from .experiment import nearest
     command, *rest = argv
@@ -210,7 +211,7 @@ def parse(argv: list) -> tuple[str, dict]:
 BETWEEN = dict(workers=(0, 10_000), gpus_per_run=(0, 1_000), hours=(0, 10_000), rounds=(1, 10_000))   # least, most
 
 
-def check(command: str, args: dict):
+def check_arguments(command: str, args: dict):
     "`ValueError` for a name or a number that nothing can be done with."
     name = args.get("name", args.get("study", "scratch"))
     if not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
@@ -242,8 +243,8 @@ def main(argv: list|None = None):
         return print(f"bnonly {__version__}")
     warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated", FutureWarning)   # fastai 2.8 decorates with it
     try:
-        command, args = parse(argv)
-        check(command, args)
+        command, args = parse_arguments(argv)
+        check_arguments(command, args)
         COMMANDS[command](**args)
     except WrongUse as e:
         print(f"bnonly: {e}", file=sys.stderr)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from .native import Direct, Entry, kernels, pytorch_convolves_bfloat16
-from .register import channels_last, count_flops, empty, formula, operator, products, ptr, wanted
+from .register import channels_last, count_flops, empty_channels_last, formula, operator, products, ptr, wanted
 
-__all__ = ["DTYPES", "ALGORITHMS", "HEADER", "rival", "conv_algorithm", "Phase", "phases", "pack", "scale_of",
-           "output_size", "conv2d", "sparse_conv2d_reference", "sparse_conv2d", "sparse_linear_reference",
-           "sparse_linear"]
+__all__ = ["DTYPES", "ALGORITHMS", "PACK_HEADER", "rival", "conv_algorithm", "Phase", "phases", "pack_weight",
+           "packed_scale", "output_size", "conv2d", "sparse_conv2d_reference", "sparse_conv2d",
+           "sparse_linear_reference", "sparse_linear"]
 
 DTYPES = torch.float32, torch.bfloat16
 ALGORITHMS = "winograd", "direct", "pytorch"
@@ -69,12 +69,12 @@ def phases(K:int, stride:int, padding:int, back:bool=False) -> list[Phase]:
             for (A, k, top, row),(E, l, left, column) in product(lines, lines)]
 
 
-HEADER = 64   # bytes before a packed weight, which begin with the float32 by which its numbers are to be multiplied
+PACK_HEADER = 64   # bytes before a packed weight; the first four are the float32 by which to multiply its numbers
 
 
-def pack(weight, algorithm:str, back:bool=False, stride:int=1, padding:int=1) -> torch.Tensor:
+def pack_weight(weight, algorithm:str, back:bool=False, stride:int=1, padding:int=1) -> torch.Tensor:
     """A weight [O, C, K, K] in the order in which a kernel reads it, forward or for the gradient of the input: uint8,
-    with a `HEADER`; for Winograd [36, O/16, C, 16], else [O/16, A, E*C, 16] for each phase."""
+    with a `PACK_HEADER`; for Winograd [36, O/16, C, 16], else [O/16, A, E*C, 16] for each phase."""
     if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
         weight = weight.contiguous()
     (o, c, a, e), own, start = weight.stride(), kernels()[weight.dtype], weight.data_ptr()
@@ -87,8 +87,8 @@ def pack(weight, algorithm:str, back:bool=False, stride:int=1, padding:int=1) ->
     else:
         parts = [(own.pack_direct, p.tap, O*p.A*(p.E*C + 1), (p.A, p.E))
                  for p in phases(weight.shape[-1], stride, padding, back)]
-    packed = torch.empty(HEADER + number*sum(n for _,_,n,_ in parts), dtype=torch.uint8)
-    to = packed.data_ptr() + HEADER
+    packed = torch.empty(PACK_HEADER + number*sum(n for _,_,n,_ in parts), dtype=torch.uint8)
+    to = packed.data_ptr() + PACK_HEADER
     for call,(k, l),n,sizes in parts:
         first = start + (k*a + l*e)*weight.element_size()
         scale = call(start, weight.numel(), first, ctypes.byref(at), to, O, C, *sizes, torch.get_num_threads())
@@ -97,7 +97,7 @@ def pack(weight, algorithm:str, back:bool=False, stride:int=1, padding:int=1) ->
     return packed
 
 
-def scale_of(packed) -> float:
+def packed_scale(packed) -> float:
     "What the numbers of a packed weight are to be multiplied by."
     return ctypes.c_float.from_address(packed.data_ptr()).value
 
@@ -106,10 +106,10 @@ def scale_of(packed) -> float:
 
 def _convolve(x, weight, bias, packed, size, stride, padding, algorithm, back=False):   # size: of what comes out
     x, own, channels, threads = channels_last(x), kernels()[x.dtype], weight.shape[int(back)], torch.get_num_threads()
-    if packed is None: packed = pack(weight.to(x.dtype), algorithm, back, stride, padding)
+    if packed is None: packed = pack_weight(weight.to(x.dtype), algorithm, back, stride, padding)
     if bias is not None: bias = bias.to(x.dtype).contiguous()
-    scale, u, C = scale_of(packed), packed.data_ptr() + HEADER, x.shape[1]
-    y, where = empty(x, len(x), channels, *size), (len(x), *x.shape[2:], C)
+    scale, u, C = packed_scale(packed), packed.data_ptr() + PACK_HEADER, x.shape[1]
+    y, where = empty_channels_last(x, len(x), channels, *size), (len(x), *x.shape[2:], C)
     if algorithm == "winograd":
         own.winograd(x.data_ptr(), u, ptr(bias), y.data_ptr(), scale, *where, channels, threads)
         return y
@@ -137,7 +137,8 @@ def _conv_compute(x, weight, bias, packed, packed_back, stride, padding, dilatio
 
 
 def _conv_fake(x, weight, bias, packed, packed_back, stride, padding, dilation, groups, algorithm, keep):
-    return empty(x, x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation))
+    size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return empty_channels_last(x, x.shape[0], weight.shape[0], *size)
 
 
 def _conv_context(ctx, inputs, output):
@@ -162,13 +163,13 @@ def _pytorch_gradients(dy, x, weight, stride, padding, dilation, groups, of):   
 def _conv_input_compute(dy, weight, packed, size, stride, padding, dilation, groups, algorithm):
     if algorithm != "pytorch" and weight.shape[1] % 16 == 0:
         return _convolve(dy, weight, None, packed, size, stride[0], padding[0], algorithm, back=True)
-    never_read = empty(dy, len(dy), weight.shape[1]*groups, *size)
+    never_read = empty_channels_last(dy, len(dy), weight.shape[1]*groups, *size)
     how = stride, padding, dilation, groups
     return channels_last(_pytorch_gradients(dy, never_read, weight.to(dy.dtype), *how, of=0))
 
 
 def _conv_input_fake(dy, weight, packed, size, stride, padding, dilation, groups, algorithm):
-    return empty(dy, dy.shape[0], weight.shape[1]*groups, *size)
+    return empty_channels_last(dy, dy.shape[0], weight.shape[1]*groups, *size)
 
 
 def _conv_weight_compute(dy, x, weight, stride, padding, dilation, groups, algorithm):
@@ -204,7 +205,7 @@ _conv = operator(
 def conv2d(x, weight, bias=None, packed=None, packed_back=None, stride=ONE, padding=(0, 0), dilation=ONE, groups=1,
            algorithm="pytorch"):
     """`F.conv2d` of x [N, C, H, W] on the CPU by one of `ALGORITHMS`, in the dtype of x, keeping x only where the
-    weight trains, whose gradient is float32. packed, packed_back: a frozen weight as `pack` gives it."""
+    weight trains, whose gradient is float32. packed, packed_back: a frozen weight as `pack_weight` gives it."""
     return _conv(x, weight, bias, packed, packed_back, stride, padding, dilation, groups, algorithm)
 
 

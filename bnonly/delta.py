@@ -15,16 +15,16 @@ from torch import nn
 from . import __version__
 from .experiment import choose, parse_policy, write
 from .policies import freeze, frozen_as, frozen_tensors, load_trained_state, trained_state, trainable, unfreeze
-from .sealed import check_fields, digest, read_metadata, read_sealed, serialize, whole_number
+from .sealed import check_fields, digest_tensors, read_metadata, read_sealed, serialize, whole_number
 from .trace import core
 
-__all__ = ["FORMAT", "Shelf", "about", "check_base", "load_delta", "merge", "metadata_of", "read_delta",
-           "save_delta", "unwrapped"]
+__all__ = ["Shelf", "about", "check_base", "load_delta", "merge", "metadata_of", "read_delta", "save_delta",
+           "unwrapped"]
 
-FORMAT = "bnonly-delta-1"
+_FORMAT = "bnonly-delta-1"
 FIELDS = "format", "base", "frozen", "policy", "entries", "output", "statistics", "versions", "digest"
 SHARED = "policy", "entries", "output", "statistics", "frozen"   # by all deltas of a shelf
-HEADER = 2**20   # bytes: a delta names each of its tensors
+_HEADER = 2**20   # bytes: a delta names each of its tensors
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -43,7 +43,7 @@ def check_base(base: str) -> str:
 def about(metadata: dict) -> dict:   # arguments of `freeze` -> their values
     "How a delta's model was frozen, every value of its metadata checked."
     check_fields(metadata, FIELDS)
-    choose("format", metadata["format"], [FORMAT])
+    choose("format", metadata["format"], [_FORMAT])
     check_base(metadata["base"])
     parse_policy(metadata["policy"])
     choose("statistics", metadata["statistics"], ["batch", "frozen"])
@@ -79,9 +79,9 @@ def save_delta(model: nn.Module,   # trained after `freeze`
     if odd := [n for n, t in tensors.items() if not t.isfinite().all()]:
         raise ValueError(f"{odd[0]} holds numbers that are not finite; a diverged model is not kept.")
     tools = dict(bnonly=__version__, torch=version("torch"))
-    metadata = dict(format=FORMAT, base=check_base(base), frozen=digest(frozen_tensors(inside)), policy=how["policy"],
-                    entries=str(how["seed"]), output=json.dumps(how["output"]), statistics=how["statistics"],
-                    versions=json.dumps(tools))
+    metadata = dict(format=_FORMAT, base=check_base(base), frozen=digest_tensors(frozen_tensors(inside)),
+                    policy=how["policy"], entries=str(how["seed"]), output=json.dumps(how["output"]),
+                    statistics=how["statistics"], versions=json.dumps(tools))
     about(metadata | dict(digest=""))
     return write(path, serialize(metadata, tensors))
 
@@ -99,8 +99,8 @@ def read_delta(path: Path, model: nn.Module) -> tuple:   # metadata and tensors,
     def plan(metadata):
         copies[:] = [_frozen_copy(inside, about(metadata))]
         return {n: (t.shape, t.dtype) for n, t in trained_state(copies[0]).items()}
-    metadata, tensors = read_sealed(path, f"delta of this {type(inside).__name__}", plan, HEADER)
-    if digest(frozen_tensors(copies[0])) != metadata["frozen"]:
+    metadata, tensors = read_sealed(path, f"delta of this {type(inside).__name__}", plan, _HEADER)
+    if digest_tensors(frozen_tensors(copies[0])) != metadata["frozen"]:
         raise ValueError(f"{path} stands on another base than this {type(inside).__name__}: what "
                          f"{metadata['policy']!r} freezes of the model is not what it was in {metadata['base']!r}, "
                          "where the delta was saved.")
@@ -109,7 +109,7 @@ def read_delta(path: Path, model: nn.Module) -> tuple:   # metadata and tensors,
 
 def metadata_of(path: Path) -> dict:   # of strings
     "What a delta says of itself, every value checked; `ValueError` in one sentence for a file that is none."
-    return read_metadata(path, "delta", about, HEADER)
+    return read_metadata(path, "delta", about, _HEADER)
 
 
 def load_delta(path: Path,        # as `save_delta` wrote it
@@ -137,23 +137,18 @@ class Shelf:
 
     `shelf[name] = path` reads a delta, `shelf[name]` puts its numbers and statistics into the model and gives it back.
     All share base and policy; the first one freezes the model, and `ValueError` tells of one that does not fit."""
+    item = "delta"   # as messages call it
+
     def __init__(self, model: nn.Module, files: dict = {}):   # files: name of a delta to its path
-        self.model, self.deltas, self.shared, self.places = model, {}, None, []
+        self.model, self.deltas, self.shared = model, {}, None
         for name, path in files.items(): self[name] = path
 
     def __setitem__(self, name: str, path: Path):
-        if self.shared is None: return self._first(name, path)
-        metadata, tensors = read_sealed(path, "delta of this shelf", self._plan, HEADER)
-        self._keep(name, tensors)
-
-    def _first(self, name, path):
-        metadata, tensors = read_delta(path, self.model)
-        _put(self.model, metadata, tensors)
-        self.shared, inside = {k: metadata[k] for k in SHARED}, unwrapped(self.model)
-        self.how = frozen_as(self.model)
-        self.shapes = {n: (t.shape, t.dtype) for n, t in trained_state(inside).items()}
-        self.places = [(inside.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in self.shapes]
-        self._keep(name, tensors)
+        if self.shared is None:
+            metadata, tensors = read_delta(path, self.model)
+            _put(self.model, metadata, tensors)
+        else: metadata, tensors = read_sealed(path, "delta of this shelf", self._plan, _HEADER)
+        self._keep(name, tensors, {k: metadata[k] for k in SHARED})
 
     def _plan(self, metadata):
         about(metadata)
@@ -162,15 +157,20 @@ class Shelf:
                              "deltas of a shelf share base and policy")
         return self.shapes
 
-    def _keep(self, name, tensors):
+    def _keep(self, name, tensors, shared):   # into the model as it is frozen; shared: what all have in common
+        if self.shared is None:
+            self.shared, self.how, inside = shared, frozen_as(self.model), unwrapped(self.model)
+            self.shapes = {n: (t.shape, t.dtype) for n, t in trained_state(inside).items()}
+            self.places = [(inside.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in self.shapes]
         device = next(self.model.parameters()).device
         self.deltas[name] = [tensors[n].to(device) for n in self.shapes]
 
     def use(self, name: str) -> nn.Module:   # the model
         "Put a delta into the model in place; `ValueError` with the nearest name for one that is not here."
-        numbers = self.deltas[choose("delta", name, self.deltas)]
+        numbers = self.deltas[choose(self.item, name, self.deltas)]
         if frozen_as(self.model) != self.how:
-            raise ValueError("the model was frozen otherwise after its first delta was read; make another Shelf of it.")
+            raise ValueError(f"the model was frozen otherwise after its first {self.item} was read; "
+                             f"make another {type(self).__name__} of it.")
         with torch.no_grad():
             for (m, kind), t in zip(self.places, numbers): getattr(m, kind).copy_(t)
         return self.model

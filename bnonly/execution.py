@@ -13,7 +13,7 @@ from .checked import read_json
 from .experiment import Spec, load_record, root, write
 from .logs import quiet
 
-__all__ = ["run_cell", "png", "papermill", "execute", "keep", "kept"]
+__all__ = ["run_cell", "png", "papermill", "execute", "keep_notebook", "kept"]
 
 
 def run_cell(source:str, name:str, space:dict) -> list:   # outputs, as nbformat has them
@@ -74,7 +74,7 @@ def execute(spec:Spec, study:str, threads:int=1) -> dict:   # the executed noteb
     return executed
 
 
-def keep(executed:dict, folder:Path):
+def keep_notebook(executed:dict, folder:Path):
     "Write the executed notebook of a run beside its record."
     executed.metadata["bnonly"] = dict(record=load_record(folder)["seal"], digest=_digest(executed))
     write(folder/"train.ipynb", json.dumps(executed, indent=1)+"\n")

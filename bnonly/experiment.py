@@ -7,13 +7,13 @@ __all__ = ['IMAGENET_DEPTHS', 'VGG_DEPTHS', 'EFFICIENTNETS', 'ARCHS', 'ALONE', '
            'SCHEDULES', 'NORMS', 'ACTS', 'DECAYS', 'nearest', 'choose', 'Arch', 'parse_arch', 'parse_policy', 'Spec',
            'check_spec', 'parameters', 'key', 'derive_seed', 'checkout', 'root', 'runs_dir', 'cache_dir', 'run_dir',
            'write', 'seal', 'BrokenRecord', 'load_record', 'records', 'results', 'history', 'summary', 'presets',
-           'preset', 'incomplete']
+           'section', 'preset', 'incomplete']
 
 # %% ../nbs/00_experiment.ipynb #b2f6664a
 import ast, errno, hashlib, json, os, re, tempfile, warnings
 from contextlib import suppress
 from collections.abc import Iterable
-from configparser import ConfigParser, Error as ConfigError
+from configparser import ConfigParser, Error as ConfigError, ExtendedInterpolation, InterpolationMissingOptionError
 from dataclasses import asdict, dataclass, fields
 from difflib import SequenceMatcher
 from itertools import product
@@ -383,7 +383,7 @@ def _settings(file=None):
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing; run inside a checkout of bnonly, install it, or name "
                                 "a settings.ini.")
-    ini = ConfigParser(interpolation=None)
+    ini = ConfigParser(interpolation=ExtendedInterpolation())
     try: ini.read(file)
     except ConfigError as e: raise ValueError(f"{file} cannot be read: {str(e).splitlines()[0]}.") from None
     return ini
@@ -392,17 +392,27 @@ def presets() -> list[str]:
     "The names of all studies."
     return _settings().sections()
 
+def section(name:str,              # of settings.ini
+            file:Path|None=None    # settings.ini elsewhere
+           ) -> dict:              # a field of `Spec` to its values, and 'grid' to its lines
+    "What settings.ini says of a study, each ${NAME} replaced by its value in [DEFAULT]; `ValueError` for a NAME without one."
+    ini = _settings(file)
+    try: found = dict(ini[choose("study", name, ini.sections())])
+    except InterpolationMissingOptionError as e: choose("list", e.reference, ini.defaults())
+    except ConfigError as e: raise ValueError(f"study {name!r} cannot be read: {str(e).splitlines()[0]}.") from None
+    lists = ini.defaults().keys() - {f.name for f in fields(Spec)}
+    return {k: v for k,v in found.items() if k not in lists}
+
 # %% ../nbs/00_experiment.ipynb #7c28e17b
 def preset(name:str,                # a section of settings.ini, or a folder of runs that were trained one by one
            file:Path|None=None      # settings.ini elsewhere
           ) -> list[Spec]:          # every run of the study once, seeds outermost
     "The runs of a study, read from settings.ini; those with a record where it has no such section."
-    ini = _settings(file)
-    if name not in ini and not file and (kept := records(name)):
+    if not file and name not in presets() and (kept := records(name)):
         return sorted((Spec(**r["spec"]) for r in kept), key=lambda s: s.seed)
-    section = dict(ini[choose("study", name, ini.sections())])
-    lines = [l for l in section.pop("grid", "").splitlines() if l.strip()] or [""]
-    specs = [Spec(**point) for line in lines for point in _points(section | _pairs(line))]
+    shared = section(name, file)
+    lines = [l for l in shared.pop("grid", "").splitlines() if l.strip()] or [""]
+    specs = [Spec(**point) for line in lines for point in _points(shared | _pairs(line))]
     return sorted(dict.fromkeys(specs), key=lambda s: s.seed)
 
 def _pairs(line):

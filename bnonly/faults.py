@@ -16,7 +16,7 @@ def pair(n) -> tuple:
     return tuple(n) if isinstance(n, (tuple, list)) else (n, n)
 
 
-def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def safe_conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     "`F.conv2d` of images [N, C, H, W], with gradients that are right on a CPU too."
     if x.device.type != "cpu" or x.dim() != 4 or isinstance(padding, str) or pair(dilation) != (1, 1):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)

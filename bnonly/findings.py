@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .accuracy import shown, verdict
+from .accuracy import compare_means, shown
 from .claims import once
 from .experiment import Spec, parse_arch, summary
 from .pages import as_table, verdict_kind
@@ -57,13 +57,13 @@ def comparisons(plan: list, table):
         if not {one, two} <= planned:
             continue
         first, second = (measured.get(o, dict(mean=0., sd=0., n=0)) for o in (one, two))
-        here = verdict(first, second) if first["n"] and second["n"] else "not measured"
+        here = compare_means(first, second) if first["n"] and second["n"] else "not measured"
         words = [shown(r["mean"], r["sd"], r["n"]) for r in (first, second)]
         found.append([f"{' '.join(one)} > {' '.join(two)}", *words, here])
     return pd.DataFrame(found, columns=["the paper finds", "first", "second", "here"])
 
 
-def counted(verdicts, words: dict) -> str:
+def count_verdicts(verdicts, words: dict) -> str:
     "How many verdicts come to what: kind (`verdict_kind`) to its words for one and for several."
     kinds = [verdict_kind(v) for v in verdicts]
     return ", ".join(f"{n} {several if n > 1 else one}" for k, (one, several) in words.items() if (n := kinds.count(k)))
@@ -77,9 +77,9 @@ def one_sentence(table, compared, found) -> str:
                  none=("is not measured", "are not measured"))
     if len(compared):
         return (f"Of {len(compared)} comparisons of test accuracy that the paper makes between networks like these, "
-                f"{counted(compared['here'], words)}, on {images} after {ages} epochs.")
+                f"{count_verdicts(compared['here'], words)}, on {images} after {ages} epochs.")
     findings = once(found).query("kind == 'finding'")
-    came = counted(findings.verdict, words)
+    came = count_verdicts(findings.verdict, words)
     return f"Of the paper's {len(findings)} findings, {came}, on {images} after {ages} epochs."
 
 

@@ -17,7 +17,7 @@ __all__ = ["FILE", "LARGEST", "model_card", "plain", "pull_delta", "push_delta"]
 
 FILE = "delta.safetensors"
 LARGEST = 2**30   # bytes of a delta, at most
-LONGEST = 300     # characters of what a card says of the data, at most
+_LONGEST = 300     # characters of what a card says of the data, at most
 
 
 def _hub():
@@ -87,8 +87,8 @@ def model_card(model: nn.Module,   # frozen, as it was trained
     "The card of a delta, in Markdown; `ValueError` for what nobody could have measured."
     hub, how, inside = _hub(), frozen_as(model), unwrapped(model)
     _check_repo(hub, repo)
-    if not str(data).strip() or len(str(data)) > LONGEST:
-        raise ValueError(f"data {str(data)[:40]!r} is not a description of 1 to {LONGEST} characters.")
+    if not str(data).strip() or len(str(data)) > _LONGEST:
+        raise ValueError(f"data {str(data)[:40]!r} is not a description of 1 to {_LONGEST} characters.")
     if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
         raise ValueError(f"n {n!r} is not a number of test images.")
     table = _counts(inside, how["output"])

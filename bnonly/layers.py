@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from . import ops
-from .faults import conv2d, pair
+from .faults import pair, safe_conv2d
 from .native import kernels
 
 __all__ = ["BatchNormAct", "Chain", "Conv2d", "Linear", "MaxPool2d", "Stage", "has_sparse_weight", "norm_act",
@@ -42,7 +42,7 @@ def convolution(x, weight, bias, stride, padding, dilation, groups, dtype=None, 
         if min(size) > 0 and (how != "pytorch" or not trains):
             packed = (packs or {}).get(how, (None, None))
             return ops.conv2d(x, packs["weight"] if packs else weight, bias, *packed, *geometry, how)
-    return conv2d(x, *_cast(dtype, weight, bias), stride, padding, dilation, groups)
+    return safe_conv2d(x, *_cast(dtype, weight, bias), stride, padding, dilation, groups)
 
 
 @fx.wrap
@@ -58,7 +58,7 @@ def sparse_convolution(x, values, weight, index, bias, stride, padding, dtype, r
 
 
 @fx.wrap
-def sparse_linear(x, values, weight, index, bias, dtype):
+def sparse_linear_layer(x, values, weight, index, bias, dtype):
     "The same of a linear layer."
     if weight.dtype != torch.float32: dtype = None
     x, bias = _cast(dtype, x, bias)
@@ -75,8 +75,8 @@ def linear(x, weight, bias, dtype=None):
 
 
 @fx.wrap
-def batch_norm_act(x, residual, weight, bias, running_mean, running_var, count, training, tracks, momentum, eps, relu,
-                   fused=False):
+def batch_normalization(x, residual, weight, bias, running_mean, running_var, count, training, tracks, momentum, eps,
+                        relu, fused=False):
     """relu(batch_norm(x) + residual) as `nn.BatchNorm2d` does it: in training with the statistics of the batch, which
     the running ones follow."""
     if x.dim() != 4: raise ValueError(f"expected 4D input (got {x.dim()}D input)")
@@ -96,7 +96,7 @@ def max_pool(x, kernel, stride, padding, dilation, ceil_mode):
 
 
 @fx.wrap
-def basic_blocks(x, affine, weights, running, counts, momenta, eps, packs, dtype, rival):
+def residual_blocks(x, affine, weights, running, counts, momenta, eps, packs, dtype, rival):
     """Residual blocks of two convolutions [C, C, 3, 3], each with BatchNorm and ReLU, in training: in one operator if
     it can."""
     same = ((1, 1),)*3
@@ -114,7 +114,7 @@ def basic_blocks(x, affine, weights, running, counts, momenta, eps, packs, dtype
         for k,residual in ((i, None), (i + 1, x)):
             z, own = convolution(y, weights[k], None, *same, 1, dtype, rival, packs[k]), slice(2*k, 2*k + 2)
             how = True, True, momenta[k], eps[k], True, True
-            y = batch_norm_act(z, residual, *affine[own], *running[own], counts[k], *how)
+            y = batch_normalization(z, residual, *affine[own], *running[own], counts[k], *how)
         x = y
     return x
 
@@ -142,9 +142,9 @@ class BatchNormAct(Prepared, nn.BatchNorm2d):
                 x,              # [N, channels, H, W]
                 residual=None   # of the same shape
                ):               # [N, channels, H, W]
-        return batch_norm_act(x, residual, self.weight, self.bias, self.running_mean, self.running_var,
-                              self.num_batches_tracked, self.training, self.track_running_stats, self.momentum,
-                              self.eps, self.relu, self.rival is not None)
+        return batch_normalization(x, residual, self.weight, self.bias, self.running_mean, self.running_var,
+                                   self.num_batches_tracked, self.training, self.track_running_stats, self.momentum,
+                                   self.eps, self.relu, self.rival is not None)
 
 
 def norm_act(norm, x, residual=None):
@@ -185,7 +185,7 @@ def _entries(m) -> tuple:   # the values that train, the whole weight, index [n]
 
 class Conv2d(Prepared, nn.Conv2d):
     "PyTorch's convolution, computed around the faults of its gradients on a CPU (`bnonly.faults`)."
-    packs = None   # of a frozen weight, by `pack`
+    packs = None   # of a frozen weight, by `ops.pack_weight`
 
     def prepare(self, dtype, rival):
         super().prepare(dtype, rival)
@@ -200,7 +200,7 @@ class Conv2d(Prepared, nn.Conv2d):
         best = ops.conv_algorithm(self.rival, weight.shape, False, *geometry)
         algorithms = [] if best == "pytorch" else [best]
         if best == "winograd" and self.rival == "none": algorithms.append("direct")   # of small images
-        def pack(algorithm, back): return ops.pack(weight, algorithm, back, self.stride[0], self.padding[0])
+        def pack(algorithm, back): return ops.pack_weight(weight, algorithm, back, self.stride[0], self.padding[0])
         back = weight.shape[1] % 16 == 0
         return dict(weight=weight) | {a: (pack(a, False), pack(a, True) if back else None) for a in algorithms}
 
@@ -219,7 +219,7 @@ class Linear(Prepared, nn.Linear):
     "PyTorch's linear layer."
     def forward(self, x):
         if self.rival and has_sparse_weight(self):
-            return sparse_linear(x, *_entries(self), self.bias, self.compute_dtype)
+            return sparse_linear_layer(x, *_entries(self), self.bias, self.compute_dtype)
         return linear(x, self.weight, self.bias, self.compute_dtype)
 
 
@@ -266,9 +266,9 @@ class Stage(Prepared, nn.Sequential):
         convs, norms = zip(*pairs)
         affine = [p for n in norms for p in (n.weight, n.bias)]
         running = [b for n in norms for b in (n.running_mean, n.running_var)]
-        return basic_blocks(x, affine, [c.weight for c in convs], running, [n.num_batches_tracked for n in norms],
-                            [n.momentum for n in norms], [n.eps for n in norms], [c.packs for c in convs],
-                            self.compute_dtype, self.rival)
+        return residual_blocks(x, affine, [c.weight for c in convs], running, [n.num_batches_tracked for n in norms],
+                               [n.momentum for n in norms], [n.eps for n in norms], [c.packs for c in convs],
+                               self.compute_dtype, self.rival)
 
 
 def prepare_layers(model:nn.Module,      # frozen by its policy, on its device

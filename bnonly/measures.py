@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 from .accuracy import DEEP, budgets, growth, small_runs, welch
 from .experiment import Spec, parse_arch, preset
 from .regularization import methods
-from .selections import PANELS, Point, points_of, runs_of, select, where
+from .selections import PANELS, Point, parse_selection, points_of, runs_of, where
 
 # -------- Dauphin and Cubuk's methods
 
@@ -28,7 +28,7 @@ def recipe_of(arch:str, data:str) -> dict:   # field to its values
     return {n: {getattr(s, n) for s in planned} for n in Spec.__dataclass_fields__ if n not in free}
 
 
-def odd(run:dict, on:str) -> str:
+def deviations(run:dict, on:str) -> str:
     "What else of a run is not the paper's, in words. Other images have another recipe anyway."
     if run["data"] == "digits": return ""
     words = [f"{n}={run[n]}" for n, values in recipe_of(ON[on][0], run["data"]).items() if run[n] not in values]
@@ -43,7 +43,7 @@ def method_runs(table:pd.DataFrame, on:str, name:str, stand_in:bool=True, done:b
     exact = rows[rows.data == ("imagenet" if on == "b8" else on)]
     rows = rows[rows.data == "digits"] if not len(exact) and stand_in and on == "cifar10" else exact
     rows = rows[rows.method == name]
-    return rows.assign(odd=[odd(r, on) for r in rows.to_dict("records")])
+    return rows.assign(odd=[deviations(r, on) for r in rows.to_dict("records")])
 
 
 def cases_of(table:pd.DataFrame, on:str, name:str, column:str="accuracy", stand_in:bool=True, **only) -> dict:
@@ -109,7 +109,7 @@ def gap(table, claim):
     "One selection above another: network by network where they name the same, else the one above the other."
     (one, two), column = claim.runs, claim.column
     a, b = means(table, claim, one), means(table, claim, two)
-    if claim.on or select(one).archs == select(two).archs:
+    if claim.on or parse_selection(one).archs == parse_selection(two).archs:
         return [difference(k, a[k], b[k], column) for k in a if k in b]
     return [difference(f"{p.name} - {q.name}", p, q, column) for p in a.values() for q in b.values()]
 
@@ -123,7 +123,7 @@ def rising(table, claim):
 def pairs(table, claim):
     "One width above another at every depth."
     (one, two), (a, b) = claim.runs, (means(table, claim, words) for words in claim.runs)
-    names = zip(select(one).archs, select(two).archs)
+    names = zip(parse_selection(one).archs, parse_selection(two).archs)
     return [weighted(f"{k} - {j}", (1, a[k]), (-1, b[j])) for k, j in names if k in a and j in b]
 
 
@@ -170,8 +170,8 @@ def diverging(table, claim):
 def line_of(table, words):   # of the fit, the points
     "The line through a family's accuracies, if all of its networks and no others are there: others have another line."
     found = points_of(table, words)
-    if set(select(words).archs) != set(found): return None, ()
-    return growth(table).get(PANELS[select(words).which][0]), tuple(found.values())
+    if set(parse_selection(words).archs) != set(found): return None, ()
+    return growth(table).get(PANELS[parse_selection(words).which][0]), tuple(found.values())
 
 
 def fitted(value):

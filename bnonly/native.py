@@ -15,8 +15,8 @@ import torch
 from .experiment import cache_dir, choose
 from .logs import logger
 
-__all__ = ["CSRC", "MARCHES", "Direct", "Entry", "Kernels", "Layer", "Norm", "build", "keep_memory", "kernels",
-           "load", "march", "processor", "pytorch_convolves_bfloat16", "pytorch_features"]
+__all__ = ["CSRC", "MARCHES", "Direct", "Entry", "Kernels", "Layer", "Norm", "compile_library", "keep_memory",
+           "kernels", "load", "march", "processor", "pytorch_convolves_bfloat16", "pytorch_features"]
 
 CSRC = Path(__file__).parent/"csrc"
 MARCHES = "native", "x86-64-v4", "x86-64-v3", "x86-64-v2"   # what $BNONLY_MARCH may hold the kernels to: gcc's -march
@@ -36,7 +36,7 @@ def march() -> str:
     return choose("BNONLY_MARCH", os.environ.get("BNONLY_MARCH") or "native", MARCHES)
 
 
-def build(compiler:str, flags:tuple=()) -> Path:
+def compile_library(compiler:str, flags:tuple=()) -> Path:
     "The compiled library, built where it is not in the cache yet; `RuntimeError` with the compiler's first error."
     files = sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cpp")])
     flags = [*FLAGS, f"-march={march()}", *flags]
@@ -96,7 +96,7 @@ def load(flags:tuple=()) -> dict:
     "dtype to `Kernels`; raises where they cannot be built."
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None: raise RuntimeError("no C++ compiler")
-    library = ctypes.CDLL(str(build(compiler, flags)))
+    library = ctypes.CDLL(str(compile_library(compiler, flags)))
     library.instruction_set.restype = ctypes.c_char_p
     return {d: Kernels(library, d) for d in (torch.float32, torch.bfloat16)}
 

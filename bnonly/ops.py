@@ -10,13 +10,15 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from .convolutions import (ALGORITHMS, DTYPES, HEADER, conv2d, conv_algorithm, output_size, pack, rival, scale_of,
-                           sparse_conv2d, sparse_conv2d_reference, sparse_linear, sparse_linear_reference)
+from .convolutions import (ALGORITHMS, DTYPES, PACK_HEADER, conv2d, conv_algorithm, output_size, pack_weight,
+                           packed_scale, rival, sparse_conv2d, sparse_conv2d_reference, sparse_linear,
+                           sparse_linear_reference)
 from .native import Entry, Layer, Norm, kernels
-from .register import OPERATORS, channels_last, count_flops, empty, formula, operator, products, ptr, recorded, wanted
+from .register import (OPERATORS, channels_last, count_flops, empty_channels_last, formula, needs_grad, operator,
+                       products, ptr, wanted)
 
 __all__ = ["ALGORITHMS", "DTYPES", "OPERATORS", "batch_norm_act_reference", "batch_norm_act", "max_pool2d",
-           "basic_blocks_reference", "basic_blocks", "conv2d", "conv_algorithm", "output_size", "pack", "rival",
+           "basic_blocks_reference", "basic_blocks", "conv2d", "conv_algorithm", "output_size", "pack_weight", "rival",
            "sparse_conv2d", "sparse_conv2d_reference", "sparse_linear", "sparse_linear_reference"]
 
 
@@ -51,7 +53,7 @@ def _norm_compute(x, residual, weight, bias, mean, var, eps, relu, keep):
 
 def _norm_fake(x, residual, weight, bias, mean, var, eps, relu, keep):
     statistics = x.new_empty(3, x.shape[1], dtype=torch.float32)
-    return empty(x, *x.shape), statistics, _mask(x, residual, relu, keep)
+    return empty_channels_last(x, *x.shape), statistics, _mask(x, residual, relu, keep)
 
 
 def _norm_context(ctx, inputs, output):
@@ -74,7 +76,7 @@ def _norm_backward(ctx, dy, *_):
 
 def _norm_gradients_outputs(x, statistics, needs):   # dx, the gradient of the residual, dweight, dbias
     C = x.shape[1]
-    return (*(empty(x, *x.shape) if n else x.new_empty(0) for n in needs[:2]),
+    return (*(empty_channels_last(x, *x.shape) if n else x.new_empty(0) for n in needs[:2]),
             *(statistics.new_empty(C if n else 0) for n in needs[2:]))
 
 
@@ -149,7 +151,7 @@ def _pool_context(ctx, inputs, output):
 
 def _pool_backward(ctx, dy, _):
     if dy is None: return (None,)*6
-    dy, never_read, where = channels_last(dy), empty(dy, *ctx.shape), ctx.saved_tensors[0].long()
+    dy, never_read, where = channels_last(dy), empty_channels_last(dy, *ctx.shape), ctx.saved_tensors[0].long()
     return torch.ops.aten.max_pool2d_with_indices_backward(dy, never_read, *ctx.how, where), *(None,)*5
 
 
@@ -185,7 +187,7 @@ def _layers(z, statistics, affine, eps, packed, masks, inputs, grads=None, dws=N
         mask = masks[i//2].data_ptr() if i % 2 and masks.numel() else None
         norm = (_norm(*affine[own], statistics[i], None, eps[i]) if forward else
                 _norm(*affine[own], statistics[i], (None, None), 0, grads[own]))
-        layers[i] = Layer(packed[i].data_ptr() + HEADER, scale_of(packed[i]), z.data_ptr() + i % len(z)*layer,
+        layers[i] = Layer(packed[i].data_ptr() + PACK_HEADER, packed_scale(packed[i]), z.data_ptr() + i % len(z)*layer,
                           inputs.get(i), ptr(dw), Entry(*(() if dw is None else dw.stride())), mask, norm)
     return layers
 
@@ -199,13 +201,14 @@ def _run(kernel, reads, writes, buffers, layers):
 def _blocks_outputs(x, n, trains, keep):
     # y, what the convolutions gave, statistics, masks, what those that train read
     read, size, statistics = sum(keep and t for t in trains[1:]), x.numel(), (n, 3, x.shape[1])
-    return (empty(x, *x.shape), x.new_empty(n if keep else 2, size), x.new_zeros(statistics, dtype=torch.float32),
+    return (empty_channels_last(x, *x.shape), x.new_empty(n if keep else 2, size),
+            x.new_zeros(statistics, dtype=torch.float32),
             x.new_zeros(n//2 if keep else 0, size//8, dtype=torch.uint8), x.new_empty(read, size))
 
 
 def _blocks_compute(x, affine, weights, packed, eps, trains, keep):
     x, n = channels_last(x), len(weights)
-    packed = packed[:n] or [pack(w.to(x.dtype), "winograd") for w in weights]
+    packed = packed[:n] or [pack_weight(w.to(x.dtype), "winograd") for w in weights]
     y, z, statistics, masks, read = found = _blocks_outputs(x, n, trains, keep)
     at = {i: t.data_ptr() for i,t in zip((i for i in range(1, n) if trains[i]), read)}
     _run(kernels()[x.dtype].blocks_forward, x, y, 2, _layers(z, statistics, affine, eps, packed, masks, at))
@@ -240,7 +243,7 @@ def _blocks_autograd(op):
                     *(next(dws) if t else None for t in ctx.trains))
 
     def autograd(x, affine, weights, packed, eps, trains):
-        if not recorded((x, *affine, *weights)): return op(x, affine, weights, packed, eps, trains, False)
+        if not needs_grad((x, *affine, *weights)): return op(x, affine, weights, packed, eps, trains, False)
         return Blocks.apply(x, packed, eps, trains, *affine, *weights)
     return autograd
 
@@ -248,13 +251,14 @@ def _blocks_autograd(op):
 def _blocks_gradients_outputs(dy, n, need_x, trains):
     k, C = sum(trains), dy.shape[1]
     dws = torch.empty(k*C, C, 3, 3, dtype=torch.float32, device=dy.device, memory_format=torch.channels_last)
-    dx, grads = empty(dy, *dy.shape) if need_x else dy.new_empty(0), dy.new_empty(2*n, C, dtype=torch.float32)
+    dx = empty_channels_last(dy, *dy.shape) if need_x else dy.new_empty(0)
+    grads = dy.new_empty(2*n, C, dtype=torch.float32)
     return dx, grads, dws.view(k, C, C, 3, 3)
 
 
 def _blocks_gradients_compute(dy, x, z, statistics, masks, read, affine, weights, packed, trains, need_x, needs):
     dy, training = channels_last(dy, z.dtype), [i for i,t in enumerate(trains) if t]
-    if not packed: weights = [pack(w.to(z.dtype), "winograd", back=True) for w in weights]
+    if not packed: weights = [pack_weight(w.to(z.dtype), "winograd", back=True) for w in weights]
     dx, grads, dws = found = _blocks_gradients_outputs(dy, len(z), need_x, trains)
     if x is not None: x = channels_last(x, z.dtype)
     at = dict(zip([i for i in training if i], (t.data_ptr() for t in read))) | ({0: x.data_ptr()} if trains[0] else {})
@@ -280,7 +284,7 @@ _blocks = operator(
 
 def basic_blocks(x, affine, weights, running, momenta, eps, packed=()):
     """`basic_blocks_reference` on the CPU in one operator, by Winograd's tiles. packed: of frozen weights all that
-    `pack` gives forward, then all backward. It keeps what each convolution gives, what it reads where its weight
+    `pack_weight` gives forward, then all backward. It keeps what each convolution gives, what it reads where its weight
     trains, and bit masks."""
     y, _, statistics, *_ = _blocks(x, affine, weights, packed, eps, [w.requires_grad for w in weights])
     for i,momentum in enumerate(momenta): update_statistics(*running[2*i:2*i + 2], statistics[i], momentum)

@@ -7,7 +7,7 @@ import pandas as pd
 from .checked import read_bytes
 from .experiment import Spec, parse_arch, results, run_dir
 
-__all__ = ["cost", "expected", "clock", "Watch", "epochs_done", "Line"]
+__all__ = ["cost", "expected", "clock", "Watch", "epochs_done", "StatusLine"]
 
 
 def cost(spec:Spec) -> float:   # relative to one epoch of a network of one layer
@@ -83,7 +83,7 @@ def epochs_done(spec:Spec, study:str) -> int:
     except (OSError, ValueError): return 0
 
 
-class Line:
+class StatusLine:
     "Say things on one line of the terminal, or now and then into a log."
     def __init__(self, every:float=60): self.every, self.last, self.tty = every, 0., sys.stderr.isatty()
 

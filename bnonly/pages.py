@@ -34,7 +34,7 @@ class Table(NamedTuple):
     rows: list      # of lists of str
 
 
-def in_words(value, digits: str) -> str:
+def cell_in_words(value, digits: str) -> str:
     "A cell: nothing for what is missing, and a number as `digits` says."
     if value is None or isinstance(value, float) and value != value:
         return ""
@@ -45,17 +45,17 @@ def as_table(frame: pd.DataFrame, numbers=(), verdicts=(), digits: str = "{:.2f}
     "A table of a DataFrame; columns of numbers, and those named in `numbers`, stand to the right."
     columns = [Column(str(c), c in numbers or pd.api.types.is_numeric_dtype(frame[c]), c in verdicts) for c in frame]
     rows = frame.astype(object).itertuples(index=False)
-    return Table(columns, [[in_words(v, digits) for v in row] for row in rows])
+    return Table(columns, [[cell_in_words(v, digits) for v in row] for row in rows])
 
 
-KINDS = {"reproduced": "yes", "holds": "yes", "not reproduced": "no", "does not hold": "no", "reversed": "no",
-         "undecided": "open", "not told apart": "open"}   # how a verdict begins to what it comes to
+_VERDICT_KINDS = {"reproduced": "yes", "holds": "yes", "not reproduced": "no", "does not hold": "no", "reversed": "no",
+                  "undecided": "open", "not told apart": "open"}   # how a verdict begins to what it comes to
 MARKS = dict(yes="✓", no="✗", open="?", none="–")
 
 
 def verdict_kind(verdict: str) -> str:
     "What a verdict comes to: yes, no, open, or none where nothing was measured."
-    return next((kind for words, kind in KINDS.items() if verdict.startswith(words)), "none")
+    return next((kind for words, kind in _VERDICT_KINDS.items() if verdict.startswith(words)), "none")
 
 
 # -------- pages

@@ -6,7 +6,7 @@ import pandas as pd
 
 from .experiment import Spec, parse_arch, preset, root
 
-__all__ = ["TRAINING", "PRICED", "FAMILIES", "alike", "steps", "per_image", "core_hours", "price"]
+__all__ = ["TRAINING", "alike", "measured_steps", "per_image", "core_hours", "price"]
 
 # images an epoch
 TRAINING = {"digits": 1_437, "cifar10": 50_000, "cifar10.1": 50_000, "mnist": 60_000, "imagenet": 1_281_167,
@@ -14,10 +14,10 @@ TRAINING = {"digits": 1_437, "cifar10": 50_000, "cifar10.1": 50_000, "mnist": 60
 
 
 # data to the families measured at the size of its images
-PRICED = dict(cifar10=("cifar", "vgg"), imagenet=("imagenet",))
+_PRICED = dict(cifar10=("cifar", "vgg"), imagenet=("imagenet",))
 
 
-FAMILIES = dict(imagenet="ImageNet ResNets", vgg="VGG", cifar="CIFAR ResNets, by depth")
+_FAMILY_NAMES = dict(imagenet="ImageNet ResNets", vgg="VGG", cifar="CIFAR ResNets, by depth")
 
 
 def alike(policy:str) -> str:   # all, random2, bn or output
@@ -28,7 +28,7 @@ def alike(policy:str) -> str:   # all, random2, bn or output
     return "bn" if any(t in policy for t in ("bn", "norm", "gamma")) else "output"
 
 
-def steps() -> pd.DataFrame:   # arch, policy, milliseconds_per_image, processor, and what the name of the network says
+def measured_steps() -> pd.DataFrame:   # arch, policy, milliseconds_per_image, processor, and what `arch` says
     "The measured steps."
     told = json.loads((root()/"runs/bench/cpu,avx512_fp16,steps.json").read_bytes())
     table = pd.DataFrame(told["rows"]).assign(processor=told["machine"]["processor"])
@@ -38,7 +38,8 @@ def steps() -> pd.DataFrame:   # arch, policy, milliseconds_per_image, processor
 def per_image(spec:Spec, measured:pd.DataFrame) -> float:   # milliseconds of one thread
     "What an image of a training step costs."
     arch, policy = parse_arch(spec.arch), alike(spec.policy)
-    if arch.family not in PRICED.get(spec.data, ()) or (spec.norm, spec.act) != ("batch", "relu"): raise _unpriced(spec)
+    if arch.family not in _PRICED.get(spec.data, ()) or (spec.norm, spec.act) != ("batch", "relu"):
+        raise _unpriced(spec)
     ms = measured.set_index(["policy", "arch"]).milliseconds_per_image
     if (policy, spec.arch) in ms: return ms[policy, spec.arch]
     if arch.family == "imagenet":
@@ -62,8 +63,8 @@ def core_hours(spec:Spec, measured:pd.DataFrame) -> float:
 
 def price(*studies:str) -> pd.DataFrame:   # one row a family and policy, and the sum
     "What studies should cost, by family and policy."
-    measured = steps()
-    def family(arch): return "CIFAR ResNets, by width" if arch.width > 1 else FAMILIES.get(arch.family)
+    measured = measured_steps()
+    def family(arch): return "CIFAR ResNets, by width" if arch.width > 1 else _FAMILY_NAMES.get(arch.family)
     rows = [dict(family=family(parse_arch(s.arch)), policy=s.policy, runs=1, core_hours=core_hours(s, measured))
             for name in studies for s in preset(name)]
     table = pd.DataFrame(rows).groupby(["family", "policy"], as_index=False).sum()

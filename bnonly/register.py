@@ -46,11 +46,11 @@ def formula(setup_context, backward):
             @staticmethod
             @torch.autograd.function.once_differentiable
             def backward(ctx, *gradients): return backward(ctx, *gradients)
-        return lambda *inputs: Operator.apply(*inputs) if recorded(inputs) else op(*inputs, False)
+        return lambda *inputs: Operator.apply(*inputs) if needs_grad(inputs) else op(*inputs, False)
     return autograd
 
 
-def recorded(inputs) -> bool:
+def needs_grad(inputs) -> bool:
     "Whether autograd will ask for the gradient of one of these."
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
 
@@ -76,6 +76,6 @@ def channels_last(t, dtype=None):
     return t.to(dtype or t.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def empty(like, *shape):
+def empty_channels_last(like, *shape):
     "A tensor of this shape, channels last, with the dtype and device of another."
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from .captions import TABLES, described, pictures, stand_ins
 from .checked import read_bytes
-from .experiment import Spec, choose, parse_arch, preset, presets, records, results, root, runs_dir, write
+from .experiment import (Spec, choose, parse_arch, preset, presets, records, results, root, runs_dir, section,
+                         write)
 from .findings import RULE, RULE_OF_COMPARISONS, accuracies, claims_table, comparisons, headline, one_sentence
 from .pages import as_table, notebook_cells, render
 
@@ -71,7 +72,7 @@ def page(template: str, study: str, here: str, title: str, **values) -> Path:
 # -------- what a study has
 
 
-def finished(study: str) -> list[dict]:
+def finished_records(study: str) -> list[dict]:
     "Its records; `ValueError` where no run has finished."
     if not (found := records(study) or records(choose("study", study, presets()))):
         raise ValueError(f"study {study!r} has no finished run; train it first: bnonly study {study}.")
@@ -80,10 +81,10 @@ def finished(study: str) -> list[dict]:
 
 def claims(study: str):
     "Measure the paper's claims on a study, as `bnonly.claims.ledger` gives them, and write claims.csv and claims.html."
-    from .claims import claims_of, gather, keep, ledger, tally
-    finished(study)
+    from .claims import claims_of, gather, keep_ledger, ledger, tally
+    finished_records(study)
     found = ledger(gather(study), claims_of(study))
-    keep(found, study)
+    keep_ledger(found, study)
     page("claims.html", study, "claims", f"The paper's claims: {study}", rule_of_claims=RULE, tally=tally(found),
          claims=claims_table(found))
     return found
@@ -98,14 +99,11 @@ def unmeasured(study: str) -> list[dict]:
 
 
 def settings(study: str) -> str:
-    "The section of settings.ini that made the study; a comment where there is none."
+    "The section of settings.ini that made the study, its lists written out; a comment where there is none."
     if study not in presets():
         return f"# {study} has no section in settings.ini: its runs were trained one by one"
-    text = (root() / "settings.ini").read_text(encoding="utf-8")
-    header = re.search(rf"(?m)^\[{re.escape(study)}\].*$", text)   # a comment may follow
-    lines = text[header.end()+1:].splitlines()
-    end = next((i for i, line in enumerate(lines) if line.startswith("[")), len(lines))
-    return "\n".join([f"[{study}]"] + [line for line in lines[:end] if not line.startswith("#")]).rstrip()
+    lines = [f"{field} = {values}".replace("\n", "\n    ") for field, values in section(study).items()]
+    return "\n".join([f"[{study}]", *lines]).replace(" = \n", " =\n")
 
 
 def recipe(study: str):
@@ -200,7 +198,7 @@ def site(study: str) -> Path:
 # -------- making them
 
 
-def execute(notebook: str, study: str) -> Path:
+def execute_notebook(notebook: str, study: str) -> Path:
     "Execute a notebook for a study, and keep the copy. A cell that fails raises, and what ran until then is kept."
     out = runs_dir() / study / "notebooks" / f"{notebook}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -227,13 +225,13 @@ def inputs(study: str) -> str:
 def figures(study: str, say=print) -> Path:
     "Draw every figure of a study by executing the notebooks that draw; their folder. `say` is called with progress."
     from .analysis import analyse_study
-    finished(study)
+    finished_records(study)
     todo = drawing(study)
     if "08_affine" in todo:
         analyse_study(study, say)
     for i, name in enumerate(todo, 1):
         say(f"{study}: executing {name} ({i} of {len(todo)} notebooks)")
-        page("notebook.html", study, name, name, cells=notebook_cells(execute(name, study)))
+        page("notebook.html", study, name, name, cells=notebook_cells(execute_notebook(name, study)))
     return runs_dir() / study / "figures"
 
 

@@ -54,13 +54,13 @@ def unwritable(path, why: OSError) -> OSError:
     return OSError(f"{path} could not be written ({reason}); free space or set BNONLY_RUNS to a folder that can.")
 
 
-def odd(path) -> OSError: return OSError(f"{path} does not belong to a run lock; delete it.")
+def foreign_file(path) -> OSError: return OSError(f"{path} does not belong to a run lock; delete it.")
 
 
 def look(path) -> bytes | None:
     "The first bytes of an ordinary file, None where there is none; `OSError` for anything else, which is not opened."
     try:
-        if not stat.S_ISREG(os.lstat(path).st_mode): raise odd(path)
+        if not stat.S_ISREG(os.lstat(path).st_mode): raise foreign_file(path)
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError): return None
     try: return os.read(fd, 4096)
@@ -77,12 +77,12 @@ def parse(content: bytes | None) -> dict:
 def token_of(folder) -> str | None:
     "The token that holds the lock of a run; None where it is free."
     place = Path(folder)/"lock"
-    if os.path.islink(place): raise odd(place)
+    if os.path.islink(place): raise foreign_file(place)
     # what a network file system keeps of a removed file
     try: names = [n for n in os.listdir(place) if not n.startswith(".nfs")]
     except FileNotFoundError: return None
-    except NotADirectoryError: raise odd(place) from None
-    if len(names) > 1: raise odd(place)
+    except NotADirectoryError: raise foreign_file(place) from None
+    if len(names) > 1: raise foreign_file(place)
     return names[0] if names else None
 
 
@@ -123,7 +123,7 @@ def old_claims(folder) -> list:
     for file in Path(folder).glob("claim-*.json"):
         try: content = look(file)
         except OSError as e: warnings.warn(str(e)); continue
-        if content is not None and content and not parse(content): warnings.warn(str(odd(file))); continue
+        if content is not None and content and not parse(content): warnings.warn(str(foreign_file(file))); continue
         if content is not None: found.append((file, (content, os.lstat(file).st_mtime_ns)))
     return found
 

@@ -11,16 +11,16 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-__all__ = ["DTYPES", "HEADER", "check_fields", "digest", "read_metadata", "read_sealed", "serialize", "whole_number"]
+__all__ = ["check_fields", "digest_tensors", "read_metadata", "read_sealed", "serialize", "whole_number"]
 
-HEADER = 2**16   # bytes of the header of a file, at most
-LONGEST = 400    # characters of one of its strings, at most
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-          torch.bool: "BOOL"}   # as safetensors calls them
+_HEADER = 2**16   # bytes of the header of a file, at most
+_LONGEST = 400    # characters of one of its strings, at most
+_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+                torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+                torch.bool: "BOOL"}   # as safetensors calls them
 
 
-def digest(tensors: dict, metadata: dict = {}) -> str:   # by name; metadata: of strings
+def digest_tensors(tensors: dict, metadata: dict = {}) -> str:   # by name; metadata: of strings
     "SHA-256 of tensors and of the metadata beside them."
     h = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for n in sorted(tensors):
@@ -32,14 +32,14 @@ def digest(tensors: dict, metadata: dict = {}) -> str:   # by name; metadata: of
 
 def serialize(metadata: dict, tensors: dict) -> bytes:
     "The file, sealed by a digest over all that is in it."
-    return safetensors.torch.save(tensors, metadata | dict(digest=digest(tensors, metadata)))
+    return safetensors.torch.save(tensors, metadata | dict(digest=digest_tensors(tensors, metadata)))
 
 
 def check_fields(metadata: dict, allowed):
     "`ValueError` where the fields are not those that are allowed, or one is too long."
     if odd := sorted(set(metadata) ^ set(allowed)):
         raise ValueError(f"its metadata {'lack' if odd[0] in allowed else 'have an unknown field,'} {odd[0][:40]!r}")
-    if long := [k for k, v in metadata.items() if len(v) > LONGEST]:
+    if long := [k for k, v in metadata.items() if len(v) > _LONGEST]:
         raise ValueError(f"its {long[0]} is {len(metadata[long[0]]):,} characters long")
 
 
@@ -64,7 +64,7 @@ def _opened(path, what, header):   # the file and its metadata; whatever goes wr
         raise ValueError(f"{path} is no {what}: {why.rstrip('.')}.") from None
 
 
-def read_metadata(path: Path, what: str, check, header: int = HEADER) -> dict:
+def read_metadata(path: Path, what: str, check, header: int = _HEADER) -> dict:
     "What a file says, if `check` raises no `ValueError`; its seal is not looked at. Errors as of `read_sealed`."
     with _opened(path, what, header) as (_, metadata): check(metadata)
     return metadata
@@ -73,17 +73,17 @@ def read_metadata(path: Path, what: str, check, header: int = HEADER) -> dict:
 def read_sealed(path: Path,
                 what: str,          # it should be, e.g. 'portable network'
                 plan,               # function of the metadata: {name: (shape, dtype)}; `ValueError` where they lie
-                header: int = HEADER) -> tuple:   # metadata and tensors, both by name
+                header: int = _HEADER) -> tuple:   # metadata and tensors, both by name
     """What a file holds: its size and its header's are looked at first, then what it says, then shapes and types.
 
     Only when all of that fits are numbers read, held against the digest, and asked to be finite. `FileNotFoundError`
     where there is no file, `ValueError` in one sentence for one that is damaged or lies."""
     with _opened(path, what, header) as (f, metadata):
-        expected = {n: ([*shape], DTYPES.get(dtype, str(dtype))) for n, (shape, dtype) in plan(metadata).items()}
+        expected = {n: ([*shape], _DTYPE_NAMES.get(dtype, str(dtype))) for n, (shape, dtype) in plan(metadata).items()}
         found = {n: (f.get_slice(n).get_shape(), f.get_slice(n).get_dtype()) for n in f.keys()}
         _compare(expected, found)
         tensors = {n: f.get_tensor(n).clone() for n in expected}   # what it gives is the file itself, which may change
-        if metadata["digest"] != digest(tensors, {k: v for k, v in metadata.items() if k != "digest"}):
+        if metadata["digest"] != digest_tensors(tensors, {k: v for k, v in metadata.items() if k != "digest"}):
             raise ValueError("its content is not what was sealed")
         if odd := [n for n, t in tensors.items() if not t.isfinite().all()]:
             raise ValueError(f"{odd[0]} holds numbers that are not finite")

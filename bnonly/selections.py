@@ -32,8 +32,8 @@ class Select(NamedTuple):
 
 
 @lru_cache(None)
-def select(words:str   # e.g. 'deep bn', 'resnet866 bn positive', 'resnet18,resnet34 all'
-           ) -> Select:
+def parse_selection(words:str   # e.g. 'deep bn', 'resnet866 bn positive', 'resnet18,resnet34 all'
+                   ) -> Select:
     "Read a selection; `ValueError` with the nearest name where one does not exist."
     which, policy, *rest = words.split()
     field = {w: f for f, values in dict(init=INITS, bn_init=BN_INITS, norm=NORMS).items() for w in values}
@@ -73,7 +73,7 @@ def foreign(arch:str, images:str) -> bool:
 
 def runs_of(table:pd.DataFrame, words:str) -> pd.DataFrame:
     "The runs that a selection names, whatever became of them."
-    s = select(words)
+    s = parse_selection(words)
     if not len(table): return table
     rows = table
     for field in ("policy", "bn_init", "init", "norm"): rows = rows[rows[field] == getattr(s, field)]

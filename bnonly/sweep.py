@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from .checked import read_json
-from .execution import execute, keep, kept
+from .execution import execute, keep_notebook, kept
 from .experiment import BrokenRecord, Spec, choose, load_record, preset, run_dir, runs_dir, write
 from .pace import Watch
 from .runlock import LostLock, RunLock, locked, tidy
@@ -95,7 +95,7 @@ def train_one(spec:Spec, study:str, threads:int=1, after=None) -> tuple:
         if kept(folder): return spec, "done", None
         executed = execute(spec, study, threads)
         if after and state(spec, study) == "complete": after(spec, study)
-        keep(executed, folder)
+        keep_notebook(executed, folder)
         (folder/"failed.json").unlink(missing_ok=True)   # of an analysis that failed before
         return spec, "done", None
     except KeyboardInterrupt:

@@ -180,7 +180,7 @@ def test_an_ordering_holds_by_the_rule_of_the_claims():
             dict(mean=60.0 - g, sd=d if n > 1 else np.nan, n=n) for g, d, n in ((0, 1.0, one), (gap, sd, two))
         ]
         a, b = [Point("", r["mean"], r["sd"], r["n"], set()) for r in (above, below)]
-        found = acc.verdict(above, below)
+        found = acc.compare_means(above, below)
         assert found == words[judge(weighted("", (1, a), (-1, b)), claim)]
         p = ttest_ind_from_stats(60., 1., one, 60. - gap, sd, two, equal_var=False).pvalue if min(one, two) > 1 else 1.
         assert found == ("not told apart" if p > .05 else "holds" if gap > 0 else "reversed")

@@ -11,7 +11,7 @@ from bnonly.accuracy import DEEP, welch
 from bnonly.experiment import Spec, preset, presets
 from bnonly.measures import KINDS, ON, Item
 from bnonly.regularization import method
-from bnonly.selections import SMALL, foreign, select
+from bnonly.selections import SMALL, foreign, parse_selection
 from bnonly.shapes import sizes
 
 BY_ID = {c.id: c for claims in cl.PAPERS.values() for c in claims}
@@ -64,7 +64,7 @@ def test_every_selection_is_of_runs_that_some_study_has():
     have = {(s.arch, s.policy, s.bn_init, s.init, s.norm) for s in planned()}
     for c in (c for c in BY_ID.values() if not c.on and c.kind not in cl.EXACT):
         assert c.runs, c.id
-        for s in map(select, c.runs):
+        for s in map(parse_selection, c.runs):
             lacking = [a for a in s.archs if (a, s.policy, s.bn_init, s.init, s.norm) not in have]
             assert not lacking, (c.id, s.policy, lacking)
 

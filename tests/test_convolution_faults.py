@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from convolution_faults import Case, compiled, sample, search, valid
 
-from bnonly.faults import conv2d
+from bnonly.faults import safe_conv2d
 
 able = platform.libc_ver()[0] == "glibc" and shutil.which("cc")
 guarded = pytest.mark.skipif(not able, reason="the guard around memory needs glibc and a C compiler")
@@ -52,13 +52,13 @@ def test_the_search_notices(kind, library):
 @guarded
 @pytest.mark.parametrize("isa", ["native", "avx2"])
 def test_no_case_has_a_fault_on_the_way_around(isa, library):
-    found = search(STRIDED + ONE_PIXEL + NARROW + SAMPLE, isa, "bnonly.faults:conv2d", library)
+    found = search(STRIDED + ONE_PIXEL + NARROW + SAMPLE, isa, "bnonly.faults:safe_conv2d", library)
     assert not [(case, faults) for case, faults in found if any(kind != "rounded" for _, kind, _ in faults)]
 
 
 def same(x, weight, bias, **how):
     "Whether output and gradients are those of `F.conv2d`."
-    a, b = (f(x, weight, bias, **how) for f in (conv2d, F.conv2d))
+    a, b = (f(x, weight, bias, **how) for f in (safe_conv2d, F.conv2d))
     assert a.shape == b.shape and a.dtype == b.dtype
     g = torch.randn_like(b)
     both = [(y, *torch.autograd.grad(y, (x, weight, bias), g)) for y in (a, b)]
@@ -79,7 +79,7 @@ def test_the_way_around_computes_the_same(stride, padding, kernel):
         how = dict(stride=stride, padding=padding, groups=2)
         try: F.conv2d(x, weight, bias, **how)
         except RuntimeError as e:
-            with pytest.raises(type(e)): conv2d(x, weight, bias, **how)
+            with pytest.raises(type(e)): safe_conv2d(x, weight, bias, **how)
         else: same(x, weight, bias, **how)
 
 
@@ -93,18 +93,18 @@ def test_the_way_around_is_differentiable_twice_and_compiles(shape):
     torch.manual_seed(0)
     (k, *size), how = shape, dict(stride=2, padding=shape[0]//2)
     x, weight = double(2, 3, *size), double(4, 3, k, k)
-    assert torch.autograd.gradgradcheck(lambda x, w: conv2d(x, w, **how), (x, weight))
-    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda x, w: conv2d(x, w, **how))(x, weight)
-    compiled = torch.compile(lambda x, w: conv2d(x, w, **how), backend="aot_eager", fullgraph=True)
+    assert torch.autograd.gradgradcheck(lambda x, w: safe_conv2d(x, w, **how), (x, weight))
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda x, w: safe_conv2d(x, w, **how))(x, weight)
+    compiled = torch.compile(lambda x, w: safe_conv2d(x, w, **how), backend="aot_eager", fullgraph=True)
     for f in (traced, compiled): torch.testing.assert_close(f(x, weight), F.conv2d(x, weight, **how))
-    each = torch.vmap(lambda x: conv2d(x[None], weight, **how)[0])(x)
+    each = torch.vmap(lambda x: safe_conv2d(x[None], weight, **how)[0])(x)
     torch.testing.assert_close(each, F.conv2d(x, weight, **how))
 
 
 @pytest.mark.parametrize("k,size", [(1, 8), (3, 1)], ids=["strided", "narrow"])
 def test_autocast_holds_on_the_way_around(k, size):
     x, weight = torch.randn(2, 3, size, size), torch.randn(4, 3, k, k, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16): y = conv2d(x, weight, stride=2, padding=k//2)
+    with torch.autocast("cpu", torch.bfloat16): y = safe_conv2d(x, weight, stride=2, padding=k//2)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert weight.grad.dtype == torch.float32 and weight.grad.isfinite().all()
@@ -112,6 +112,6 @@ def test_autocast_holds_on_the_way_around(k, size):
 
 def test_a_network_with_it_is_exported():
     class Layer(torch.nn.Conv2d):
-        def forward(self, x): return conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        def forward(self, x): return safe_conv2d(x, self.weight, self.bias, self.stride, self.padding)
     net, x = torch.nn.Sequential(Layer(3, 4, 1, 2), Layer(4, 4, 3, 2, 1)), torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(torch.export.export(copy.deepcopy(net), (x,)).module()(x), net(x))

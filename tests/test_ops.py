@@ -357,7 +357,7 @@ def test_convolutions_depend_neither_on_threads_nor_on_other_images(dtype, shape
 def test_a_packed_weight_gives_the_same_bits(how, stride, dtype):
     x, w, _, _ = conv_case(2, 32, 32, 6, 12, dtype)
     x.requires_grad_()
-    packed = [ops.pack(w, how, back, stride, 1) for back in (False, True)]
+    packed = [ops.pack_weight(w, how, back, stride, 1) for back in (False, True)]
     both = [
         conv(how, x, w, None, stride),
         ops.conv2d(x, torch.zeros_like(w), None, *packed, (stride,) * 2, (1, 1), algorithm=how),
@@ -368,7 +368,7 @@ def test_a_packed_weight_gives_the_same_bits(how, stride, dtype):
 
 def test_a_weight_that_no_kernel_takes_is_not_packed():
     with pytest.raises(ValueError, match="multiple of 16 channels, not 24; the nearest is 32"):
-        ops.pack(torch.randn(24, 16, 3, 3), "winograd")
+        ops.pack_weight(torch.randn(24, 16, 3, 3), "winograd")
 
 
 @pytest.mark.parametrize("bias", [None, torch.randn(32)])
@@ -580,7 +580,7 @@ def one_by_one(x, affine, weights, running, momenta, eps):
 
 
 def packed(weights, dtype):
-    return [ops.pack(w.detach().to(dtype), "winograd", back) for back in (False, True) for w in weights]
+    return [ops.pack_weight(w.detach().to(dtype), "winograd", back) for back in (False, True) for w in weights]
 
 
 def follow_blocks(shape, dtype, trains=False):

@@ -12,7 +12,7 @@ from bnonly import portable
 from bnonly.experiment import Spec, write
 from bnonly.models import build, create_model, roles
 from bnonly.policies import counts, effective_weights, freeze, trainable
-from bnonly.portable import LIMIT, load_portable, read, save_portable
+from bnonly.portable import LIMIT, Tasks, load_portable, read, save_portable
 from bnonly.sealed import serialize
 from hostile import KINDS, metadata_lied
 from torch import nn
@@ -59,6 +59,41 @@ def test_logits_are_the_same_bits(policy, tmp_path):
     assert all(torch.equal(t, effective_weights(again)[n]) for n, t in effective_weights(model).items())
 
 
+def task(path, seed=7, policy="bn", steps=1):
+    "What a network learned in some steps, as a file."
+    model = freeze(create_model("resnet8", in_channels=1, seed=seed), policy)
+    opt, x = torch.optim.SGD(trainable(model).values(), lr=.1), torch.randn(16, 1, 8, 8)
+    for _ in range(steps):
+        F.cross_entropy(model(x), torch.arange(16) % 10).backward()
+        opt.step()
+    return save_portable(model, path)
+
+
+@pytest.mark.parametrize("policy", ["bn", "random2+output"])
+def test_tasks_swap_what_moved_and_nothing_else(policy, tmp_path):
+    files = {f"task {i}": task(tmp_path / f"{i}.safetensors", policy=policy, steps=i) for i in (1, 2, 3)}
+    tasks, alone = Tasks(files), {n: load_portable(f) for n, f in files.items()}
+    at = {n: t.data_ptr() for n, t in tasks.model.state_dict().items()}
+    assert [*tasks] == [*files] and len(tasks) == 3
+    for name in ("task 3", "task 1", "task 2", "task 3"):
+        state, expected = tasks.use(name).state_dict(), alone[name].state_dict()
+        assert state.keys() == expected.keys() and all(torch.equal(t, expected[n]) for n, t in state.items())
+        assert tasks[name] is tasks.model and at == {n: t.data_ptr() for n, t in state.items()}
+    tasks.model.double().float()   # buffers are other tensors now
+    assert all(torch.equal(t, alone["task 1"].state_dict()[n]) for n, t in tasks.use("task 1").state_dict().items())
+
+
+def test_tasks_refuse_what_does_not_fit(tmp_path):
+    tasks = Tasks({"first": task(tmp_path / "first.safetensors")})
+    for name, how in (("seed", dict(seed=8)), ("policy", dict(policy="bn+output"))):
+        with pytest.raises(ValueError, match="stands on another random network than the first file"):
+            tasks[name] = task(tmp_path / f"{name}.safetensors", **how)
+    with pytest.raises(ValueError, match="task 'frist' is not one of first; the nearest is 'first'"): tasks["frist"]
+    with pytest.raises(ValueError, match="at least one portable file"): Tasks({})
+    freeze(tasks.model, "output")
+    with pytest.raises(ValueError, match="frozen otherwise .* make another Tasks of it"): tasks["first"]
+
+
 def test_other_features_are_refused_in_one_sentence(good, tmp_path, monkeypatch):
     path, drawn = write(tmp_path / "it.safetensors", good), portable.create_model
     monkeypatch.setattr(portable, "create_model", lambda **made: drawn(**dict(made, seed=made["seed"] + 1)))
@@ -97,7 +132,7 @@ def test_two_thousand_odd_files_get_a_sentence_each(good, tmp_path, monkeypatch)
 
 def test_a_giant_is_refused_before_it_is_built(network, tmp_path):
     "A file of a few kilobytes that names a network of terabytes."
-    told, vectors = portable.describe(network[0]) | dict(features="0" * 64), {}
+    told, vectors = portable.portable_metadata(network[0]) | dict(features="0" * 64), {}
     for arch in ("wrn14-9999", "wrn1994-100", "wrn14-64"):
         content = serialize(told | dict(arch=arch, policy="none"), vectors)
         with pytest.raises(ValueError, match="parameters, and the limit is"):

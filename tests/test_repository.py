@@ -78,6 +78,29 @@ def test_imports_point_only_to_lower_numbers(module):
         assert level(other) < level(module), f"{module} imports {other}"
 
 
+def bound(path):
+    "The public names that a file binds at its top level, in an `if`, `try`, `with` or loop too; imports bind none."
+    found, todo = set(), list(ast.parse(path.read_text()).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif not isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            todo += ast.iter_child_nodes(node)
+    return {n for n in found if not n.startswith("_")}
+
+
+def test_no_public_name_means_two_things():
+    "A function, class or constant of one module has a name that no other module binds."
+    homes = {}
+    for path in sorted((ROOT / "bnonly").rglob("*.py")):
+        for name in bound(path):
+            homes.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
+    assert not {n: where for n, where in homes.items() if len(where) > 1}
+
+
 @pytest.mark.parametrize("notebook", [nb for nb in NOTEBOOKS if nb.stem != "index"], ids=lambda p: p.stem)
 def test_lessons_import_only_from_above(notebook):
     "Its own number, what is lower, and plain modules that need nothing higher."
@@ -218,7 +241,8 @@ def test_every_cache_lies_in_one_folder(tmp_path, monkeypatch):
                                ("XDG_CACHE_HOME", str(tmp_path / "x"), tmp_path / "x/bnonly"),
                                ("BNONLY_CACHE", str(tmp_path / "own"), tmp_path / "own")):
         monkeypatch.setenv(name, value)
-        places = [data_dir(), cache_files(Path("/elsewhere"), "cifar10")[1].parent.parent, native.build("g++").parent]
+        places = [data_dir(), cache_files(Path("/elsewhere"), "cifar10")[1].parent.parent,
+                  native.compile_library("g++").parent]
         assert places == [where] * 3
 
 
@@ -258,8 +282,15 @@ def test_committed_records_keep_their_names(monkeypatch):
 
 
 def test_every_preset_can_be_read():
+    "And its lists of networks are those of the figures and claims."
+    from bnonly.accuracy import DEEP, VGGS, WIDE
+    from bnonly.mlp import mlps
+    from bnonly.selections import SMALL
     ini = ConfigParser()
     ini.read(ROOT / "settings.ini")
+    lists = {name: values.split(",") for name, values in ini.defaults().items()}
+    assert (lists["deep"], lists["wide"], lists["vgg"], lists["small"]) == (DEEP, WIDE[1:], VGGS, SMALL)
+    assert all(lists[f"mlps_{w}"] == mlps(w) for w in (10, 20, 40, 80, 100, 400, 784))
     sizes = {s: len(preset(s)) for s in ini.sections()}
     assert min(sizes.values()) > 0 and sizes["paper"] > 700
 

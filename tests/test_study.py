@@ -11,8 +11,8 @@ from urllib.parse import unquote
 
 import pandas as pd
 import pytest
-from bnonly.cli import COMMANDS, main, options, parse
-from bnonly.experiment import preset, results, run_dir, runs_dir, summary
+from bnonly.cli import COMMANDS, main, options, parse_arguments
+from bnonly.experiment import preset, presets, results, run_dir, runs_dir, summary
 from bnonly.findings import HEADLINES, MAIN_CLAIMS, accuracies, comparisons
 from bnonly.report import inputs, overview, pages, report, runs_page, settings, unmeasured
 from bnonly.processes import ended
@@ -285,7 +285,7 @@ def test_training_is_told_a_device_and_a_type(monkeypatch):
     assert (told["device"], told["dtype"], told["spec"].arch) == (torch.device("cpu"), torch.bfloat16, "resnet8")
     main(["train"])
     assert told["device"] is told["dtype"] is None
-    assert parse(["study", "demo", "--dry-run", "--only", "arch=resnet8"])[1]["dry_run"] is True
+    assert parse_arguments(["study", "demo", "--dry-run", "--only", "arch=resnet8"])[1]["dry_run"] is True
 
 
 def test_the_comparisons_are_the_plans_whatever_is_trained():
@@ -316,7 +316,20 @@ def test_runs_without_a_section_are_a_study_of_their_own():
 def test_a_section_may_have_a_comment_behind_its_name(tmp_path, monkeypatch):
     project(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert settings("mini").splitlines()[:2] == ["[mini]", "epochs = 3"]
+    assert settings("mini") == MINI.replace("   ; a small one", "").rstrip()
+
+
+def test_lists_that_are_said_once_are_written_out_in_a_report(tmp_path, monkeypatch):
+    "What several studies share stands in [DEFAULT]; a field that stands there is every study's, a list of values none's."
+    text = "[DEFAULT]\nepochs = 3\nsmall = resnet8,resnet14\n[mini]\narch = ${small}\ngrid =\n    seed=0,1\n[odd]\narch = ${"
+    (tmp_path / "settings.ini").write_text(text + "smal}\n")
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
+    monkeypatch.chdir(tmp_path)
+    assert settings("mini").splitlines() == ["[mini]", "arch = resnet8,resnet14", "grid =", "    seed=0,1", "epochs = 3"]
+    assert presets() == ["mini", "odd"] and len(preset("mini")) == 4 and {s.epochs for s in preset("mini")} == {3}
+    with pytest.raises(ValueError, match="list 'smal' is not one of .*; the nearest is 'small'"): preset("odd")
+    (tmp_path / "settings.ini").write_text(text)
+    with pytest.raises(ValueError, match="study 'odd' cannot be read: "): preset("odd")
 
 
 def test_a_report_without_its_figures_is_drawn_again():
