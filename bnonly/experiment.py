@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGENET_DEPTHS', 'VGG_DEPTHS', 'EFFICIENTNETS', 'ARCHS', 'ALONE', 'TOKENS', 'INITS', 'BN_INITS', 'DATASETS',
            'SCHEDULES', 'NORMS', 'ACTS', 'DECAYS', 'nearest', 'choose', 'Arch', 'parse_arch', 'parse_policy', 'Spec',
-           'check_spec', 'parameters', 'key', 'derive_seed', 'checkout', 'root', 'runs_dir', 'cache_dir', 'run_dir',
+           'check_spec', 'parameters', 'key', 'derive_seed', 'checkout', 'root', 'runs_dir', 'run_dir', 'cache_dir',
            'write', 'seal', 'BrokenRecord', 'load_record', 'records', 'results', 'history', 'summary', 'presets',
            'section', 'preset', 'incomplete']
 
@@ -39,6 +39,7 @@ def nearest(value:str,               # what was given
         return round(unlike, 2), sum(abs(a-b) for a,b in zip(*numbers))
     return min(allowed, key=distance)
 
+# %% ../nbs/00_experiment.ipynb #2a172d26
 def choose(what:str,                 # what the name stands for, as the message calls it
            value:str,                # what was given
            allowed:Iterable[str],    # the names that exist
@@ -93,26 +94,36 @@ TOKENS = "bn", "norm", "gamma", "shortcut", "output", "random", "scattered"
 def parse_policy(policy:str    # tokens joined by '+', e.g. 'bn+output', 'random2', 'all'
                 ) -> tuple:    # (token, k) pairs in a fixed order; k is 0 but for random entries
     "The tokens of a policy; `ValueError` with the nearest one where a token does not exist."
-    tokens = [re.fullmatch(r"([a-z-]+?)(\d*)", o) for o in str(policy).split("+")]
-    known = [m and (m[1] in ALONE+TOKENS) and bool(m[2]) == (m[1] in ("random", "scattered")) and int(m[2] or 1) > 0
-             for m in tokens]
-    if not all(known):
-        wrong = next(o for o,k in zip(str(policy).split("+"), known) if not k)
-        if nearest(wrong, [*TOKENS, "batchnorm"]) == "batchnorm":
-            raise ValueError(f"policy {wrong!r} does not exist; the nearest is 'bn'.")
-        choose("policy", wrong, [*ALONE, *TOKENS[:5], "random2", "scattered2"],
-               "all, all-affine, all-frozen-bn, all-beta, none, or a sum of bn, norm, gamma, shortcut, output, "
-               "random<k>, scattered<k>")
-    found = sorted({(m[1], int(m[2] or 0)) for m in tokens}, key=lambda o: (ALONE+TOKENS).index(o[0]))
+    if not isinstance(policy, str):
+        near = "+".join(map(str, policy)) if isinstance(policy, (list, tuple)) and policy else "bn"
+        raise ValueError(f"policy {policy!r} is not a string of tokens joined by '+', such as {near!r}.")
+    tokens = {part: re.fullmatch(r"([a-z-]+?)(\d*)", part) for part in policy.split("+")}
+    for part,m in tokens.items():
+        known = m and m[1] in ALONE+TOKENS and bool(m[2]) == (m[1] in ("random", "scattered"))
+        if not known or int(m[2] or 1) == 0: _refuse_token(part)
+    found = sorted({(m[1], int(m[2] or 0)) for m in tokens.values()}, key=lambda o: (ALONE+TOKENS).index(o[0]))
+    _check_sum(policy, found)
+    return tuple(found)
+
+# %% ../nbs/00_experiment.ipynb #12f0c162
+def _refuse_token(token):
+    if nearest(token, [*TOKENS, "batchnorm"]) == "batchnorm":
+        raise ValueError(f"policy {token!r} does not exist; the nearest is 'bn'.")
+    choose("policy", token, [*ALONE, *TOKENS[:5], "random2", "scattered2"],
+           "all, all-affine, all-frozen-bn, all-beta, none, or a sum of bn, norm, gamma, shortcut, output, "
+           "random<k>, scattered<k>")
+
+# %% ../nbs/00_experiment.ipynb #49e8c25e
+def _check_sum(policy, found):   # (token, k) pairs in their order
+    first = found[0][0]
     if len(found) > 1 and any(t in ALONE for t,_ in found):
-        raise ValueError(f"policy {policy!r} joins {found[0][0]!r}, which stands alone, with another; "
-                         f"the nearest is {found[0][0]!r}.")
-    if ("gamma", 0) in found and found[0][0] in ("bn", "norm"):
-        raise ValueError(f"policy {policy!r} both trains beta and rests it at 0; the nearest is {found[0][0]!r}.")
+        raise ValueError(f"policy {policy!r} joins {first!r}, which stands alone, with another; "
+                         f"the nearest is {first!r}.")
+    if ("gamma", 0) in found and first in ("bn", "norm"):
+        raise ValueError(f"policy {policy!r} both trains beta and keeps it at 0; the nearest is {first!r}.")
     if sum(t in ("random", "scattered") for t,_ in found) > 1:
         raise ValueError(f"policy {policy!r} asks for random entries twice; name one of "
                          f"{' and '.join(f'{t}{k}' for t,k in found if k)}.")
-    return tuple(found)
 
 # %% ../nbs/00_experiment.ipynb #f6eec3e1
 INITS     = "he_normal", "he_uniform", "binary", "orthogonal"
@@ -126,7 +137,7 @@ DECAYS    = "all", "gamma", "beta"
 # %% ../nbs/00_experiment.ipynb #70a18cbc
 @dataclass(frozen=True)
 class Spec:
-    "One run: which network, which numbers may move, on which data, from which seed."
+    "One run: which network, what of it trains, on which data, from which seed."
     arch: str = "resnet14"        # network: resnet56, wrn14-4, vgg16, resnet18, mlp4-784, lenet5
     policy: str = "bn"            # what trains: bn, all, all-affine, output, random2, bn+output, gamma
     data: str = "digits"          # digits, cifar10, cifar10.1, cifar10-c, mnist, svhn, imagenet, tiny-imagenet
@@ -149,11 +160,11 @@ class Spec:
     dropout: float = 0.           # share of the features dropped before the output layer, in training
 
     def __post_init__(self):
-        for f in fields(self): object.__setattr__(self, f.name, _as(f, getattr(self, f.name)))
+        for f in fields(self): object.__setattr__(self, f.name, _coerce(f, getattr(self, f.name)))
         check_spec(self)
 
 # %% ../nbs/00_experiment.ipynb #edd0cbe3
-def _plain(value):
+def _python_scalar(value):
     "A scalar of NumPy or PyTorch as Python's; a float as it is written, so that float32's 0.1 is 0.1."
     if hasattr(value, "detach"):
         value = value.detach().cpu()
@@ -163,47 +174,54 @@ def _plain(value):
     if value.ndim: raise ValueError
     return float(str(value)) if value.dtype.kind == "f" else value.item()
 
-def _as(field, value):
+# %% ../nbs/00_experiment.ipynb #f8276f3d
+def _coerce(field, value):
     "`value` in the type of a field of `Spec`, or a `ValueError`."
     try:
-        value = _plain(value)
-        if isinstance(value, bool): raise ValueError
+        value = _python_scalar(value)
+        if value is None or isinstance(value, bool): raise ValueError
         if field.type is int and not isinstance(value, str) and int(value) != value: raise ValueError
         return field.type(value) or field.type()   # -0.0 is 0.0
     except (TypeError, ValueError, OverflowError):
         kind = {int: "an int", float: "a number", str: "a name"}[field.type]
         raise ValueError(f"{field.name} {value!r} is not {kind}; the default is {field.default!r}.") from None
 
-# %% ../nbs/00_experiment.ipynb #90547b6d
-def check_spec(spec:Spec):
-    "Put the names of `spec` into their one form; `ValueError` where a value is not allowed."
-    arch, policy = parse_arch(spec.arch), parse_policy(spec.policy)
+# %% ../nbs/00_experiment.ipynb #b87a576a
+def _set(spec, name, value): object.__setattr__(spec, name, value)   # the spec is frozen for all others
+
+def _canonical(spec, arch, tokens):
+    "Give equal runs equal specs."
     if arch.family in ("cifar", "wide"):
         plain = arch.family == "cifar" and arch.width == 1 and arch.depth not in IMAGENET_DEPTHS
-        object.__setattr__(spec, "arch", f"resnet{arch.depth}" if plain else f"wrn{arch.depth}-{arch.width:g}")
-    tokens = dict.fromkeys(f"{'bn' if t == 'norm' else t}{k or ''}" for t,k in policy)
-    object.__setattr__(spec, "policy", "+".join(tokens))
-    named = dict(data=DATASETS, schedule=SCHEDULES, init=INITS, bn_init=BN_INITS, norm=NORMS, decay=DECAYS)
-    for name,allowed in named.items():
-        choose(name, getattr(spec, name), allowed)
+        _set(spec, "arch", f"resnet{arch.depth}" if plain else f"wrn{arch.depth}-{arch.width:g}")
+    _set(spec, "policy", "+".join(tokens))
+    flat, no_gamma = arch.family in ("mlp", "lenet"), spec.norm in ("none", "fixup", "fixup-open")
+    reset = "all-affine" in tokens
+    if reset or no_gamma: _set(spec, "bn_init", Spec.bn_init if reset or flat else "ones")
+    elif spec.bn_init == "positive" and {"gamma", "all-beta"} & {*tokens}: _set(spec, "bn_init", "ones")
+    if not spec.weight_decay or {"all-affine", "all-frozen-bn", "none"} & {*tokens}: _set(spec, "decay", Spec.decay)
+
+# %% ../nbs/00_experiment.ipynb #90547b6d
+_RANGES = dict(seed=(0, 2**63-1), epochs=(1, 10**6), batch_size=(2, 10**6), patience=(0, 10**6),
+               lr=(0., 1e3), momentum=(0., .9999), weight_decay=(0., 1e3),
+               embedding_l2=(0., 1e3), functional_l2=(0., 1e3), standardize=(0., 1e3), dropout=(0., .9999))
+
+def check_spec(spec:Spec):
+    "Put the names of `spec` into their one form; `ValueError` where a value is not allowed."
+    arch = parse_arch(spec.arch)
+    tokens = list(dict.fromkeys(f"{'bn' if t == 'norm' else t}{k or ''}" for t,k in parse_policy(spec.policy)))
+    for name,allowed in dict(data=DATASETS, schedule=SCHEDULES, init=INITS, bn_init=BN_INITS, decay=DECAYS,
+                             norm=NORMS).items(): choose(name, getattr(spec, name), allowed)
     flat, residual = arch.family in ("mlp", "lenet"), arch.family in ("cifar", "wide", "imagenet")
     fitting = [o for o in NORMS if o != "affine"] if residual else NORMS[:3] if flat else NORMS[:1]
+    _canonical(spec, arch, tokens)
     choose(f"norm of {spec.arch}", spec.norm, fitting)
     choose(f"act of {spec.arch}", spec.act, ACTS if residual else ACTS[:1])
-    none = spec.norm in ("none", "fixup", "fixup-open")   # no gamma to draw
-    same = "all-affine" in tokens or none or spec.bn_init == "positive" and tokens.keys() & {"gamma", "all-beta"}
-    if same: object.__setattr__(spec, "bn_init", Spec.bn_init if "all-affine" in tokens or none and flat else "ones")
-    if not spec.weight_decay or {"all-affine", "all-frozen-bn", "none"} & tokens.keys():
-        object.__setattr__(spec, "decay", Spec.decay)   # nothing to exempt
     for name,(low,high) in _RANGES.items():
         value = getattr(spec, name)
         if not low <= value <= high:
             near = high if value > high else low
             raise ValueError(f"{name} {value!r} is outside {low} to {high}; the nearest is {near}.")
-
-_RANGES = dict(seed=(0, 2**63-1), epochs=(1, 10**6), batch_size=(2, 10**6), patience=(0, 10**6),
-               lr=(0., 1e3), momentum=(0., .9999), weight_decay=(0., 1e3),
-               embedding_l2=(0., 1e3), functional_l2=(0., 1e3), standardize=(0., 1e3), dropout=(0., .9999))
 
 # %% ../nbs/00_experiment.ipynb #737d7c1b
 def parameters(namespace:dict,        # the notebook's globals()
@@ -241,25 +259,28 @@ def checkout() -> Path|None:
     for folder in (here := Path.cwd(), *here.parents, _PACKAGE.parent):
         if (folder/"settings.ini").exists() and (folder/"nbs/00_experiment.ipynb").exists(): return folder
 
+# %% ../nbs/00_experiment.ipynb #e1585339
 def root() -> Path:
     "The folder that holds settings.ini and nbs/: the checkout, else the copy inside the installed package."
     return checkout() or _PACKAGE/"project"
 
+# %% ../nbs/00_experiment.ipynb #e5a6e53d
 def runs_dir() -> Path:
     "Where records live: $BNONLY_RUNS, else runs/ in the checkout, else in the working directory."
     return Path(os.environ.get("BNONLY_RUNS") or (checkout() or Path.cwd())/"runs").expanduser()
-
-def cache_dir() -> Path:
-    "Where what can be made or fetched again is kept: $BNONLY_CACHE, else bnonly/ in $XDG_CACHE_HOME or ~/.cache."
-    own, common = os.environ.get("BNONLY_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(own or Path(common)/"bnonly").expanduser().absolute()
 
 def run_dir(spec:Spec, study:str="scratch") -> Path:
     "The folder of one run."
     return runs_dir()/study/spec.key
 
+# %% ../nbs/00_experiment.ipynb #b3158410
+def cache_dir() -> Path:
+    "Where what can be made or fetched again is kept: $BNONLY_CACHE, else bnonly/ in $XDG_CACHE_HOME or ~/.cache."
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("BNONLY_CACHE") or Path(base)/"bnonly").expanduser().absolute()
+
 # %% ../nbs/00_experiment.ipynb #60fcee80
-def write(path:Path,           # where the file shall stand
+def write(path:Path,           # where the file is to be
           content:bytes|str    # the whole of it
          ) -> Path:
     "Write a file so that it is either whole or not there; `LostLock` where another process took over its run."
@@ -270,6 +291,7 @@ def write(path:Path,           # where the file shall stand
     except OSError as e: raise unwritable(path, e) from e
     return path
 
+# %% ../nbs/00_experiment.ipynb #d7066eb3
 def _write(path, content):
     temporary = None
     try:
@@ -287,17 +309,21 @@ def _write(path, content):
 
 # %% ../nbs/00_experiment.ipynb #3727d0cf
 def _digest(data:bytes) -> str: return hashlib.sha256(data).hexdigest()
-def _own(record): return _digest(json.dumps({k: v for k,v in record.items() if k != "seal"}, sort_keys=True).encode())
 
+def _seal_of(record):
+    unsealed = {k: v for k,v in record.items() if k != "seal"}
+    return _digest(json.dumps(unsealed, sort_keys=True).encode())
+
+# %% ../nbs/00_experiment.ipynb #dc2ee7bc
 def seal(folder:Path,            # of the run
          record:dict,            # what to say of it; JSON values
          files:Iterable[str]=()  # names of the files it vouches for
-        ) -> dict:               # the record as it was written, or the one that stands there already
+        ) -> dict:               # the record as it was written, or the one that is there already
     "Write record.json, the last file of a run, with the digests of the others."
     if theirs := load_record(folder): return theirs
     record = dict(record, files={n: _digest(again((Path(folder)/n).read_bytes)) for n in files})
     record = json.loads(json.dumps(record, allow_nan=False))
-    record["seal"] = _own(record)
+    record["seal"] = _seal_of(record)
     write(Path(folder)/"record.json", json.dumps(record, indent=1)+"\n")
     return record
 
@@ -313,22 +339,27 @@ def load_record(folder:Path,        # of the run
     try: odd = odd_record(record := again(read_json, path))
     except (FileNotFoundError, NotADirectoryError): return None
     except ValueError as e: odd = str(e)
-    if odd or record.get("seal") != _own(record):
+    if odd or record.get("seal") != _seal_of(record):
         raise BrokenRecord(f"{path} is not as it was sealed (cut off or edited{': ' + odd if odd else ''}); "
                            "delete the folder to train the run again.")
-    if (run := _run_of(record)) not in ("", folder.absolute().name):
+    if (run := _key_of(record)) not in ("", folder.absolute().name):
         raise BrokenRecord(f"{path} is the record of another run, {run}; move it to that folder, "
                            "or delete the folder to train the run again.")
+    _check_files(folder, record, deep)
+    return record
+
+# %% ../nbs/00_experiment.ipynb #7a2abab7
+def _check_files(folder, record, deep):
     for name,digest in record.get("files", {}).items():
         file = folder/name
         if not name.endswith((".csv", ".json")) and not deep: continue
         if not file.is_file() or _digest(again(file.read_bytes)) != digest:
             how = "not as it was sealed" if file.exists() else "missing"
             raise BrokenRecord(f"{file} is {how}; delete the folder to train the run again.")
-    return record
 
-def _run_of(record) -> str:
-    "The run that a record tells of; '' where it does not say."
+# %% ../nbs/00_experiment.ipynb #b22faf5b
+def _key_of(record) -> str:
+    "The key of the run in a record; '' where it has none."
     try: return Spec(**record["spec"]).key
     except (LookupError, TypeError, ValueError): return ""
 
@@ -348,14 +379,15 @@ def records(study:str|None=None   # a study's name; None for all of them
         found.append(dict(record, spec=spec, study=path.parent.parent.name, folder=str(path.parent)))
     return found
 
+# %% ../nbs/00_experiment.ipynb #3bc31eeb
+_COLUMNS = ["study", *(f.name for f in fields(Spec)), "status", "accuracy", "folder"]
+
 def results(study:str|None=None   # a study's name; None for all of them
            ) -> pd.DataFrame:     # one row a run
     "All records as one tidy table: the fields of `Spec`, counts, and the last epoch's metrics."
     rows = [{"study": r["study"], **r["spec"], "status": r["status"], **r.get("final", {}), **r.get("counts", {}),
              "seconds": r.get("seconds"), "images": r.get("images"), "folder": r["folder"]} for r in records(study)]
     return pd.DataFrame(rows, columns=None if rows else _COLUMNS)
-
-_COLUMNS = ["study", *(f.name for f in fields(Spec)), "status", "accuracy", "folder"]
 
 # %% ../nbs/00_experiment.ipynb #45498d86
 def history(study:str|None=None   # a study's name; None for all of them
@@ -412,11 +444,12 @@ def preset(name:str,                # a section of settings.ini, or a folder of 
         return sorted((Spec(**r["spec"]) for r in kept), key=lambda s: s.seed)
     shared = section(name, file)
     lines = [l for l in shared.pop("grid", "").splitlines() if l.strip()] or [""]
-    specs = [Spec(**point) for line in lines for point in _points(shared | _pairs(line))]
+    specs = [Spec(**point) for line in lines for point in _grid_points(shared | _grid_line(line))]
     return sorted(dict.fromkeys(specs), key=lambda s: s.seed)
 
-def _pairs(line):
-    "A line of a grid, such as 'arch=resnet14,resnet32 policy=bn'."
+# %% ../nbs/00_experiment.ipynb #fcc3db77
+def _grid_line(line):
+    "A line of a grid, such as 'arch=resnet14,resnet32 policy=bn', as field to values."
     pairs = [p.partition("=") for p in line.split()]
     for k,equal,v in pairs:
         if not (k and equal and v):
@@ -426,7 +459,8 @@ def _pairs(line):
             raise ValueError(f"{line.strip()!r} sets {k!r} twice; write one {k}=value,value.")
     return {k: v for k,_,v in pairs}
 
-def _points(grid):
+# %% ../nbs/00_experiment.ipynb #5c05c1d9
+def _grid_points(grid):
     "Every point of a grid of comma-separated values."
     names = [f.name for f in fields(Spec)]
     for k in grid: choose("field", k, names)

@@ -35,6 +35,7 @@ class Shortcut(nn.Sequential):
     def __init__(self, c_in:int, c_out:int, stride:int):
         super().__init__(conv(c_in, c_out, 1, stride), BatchNormAct(c_out, relu=False))
 
+# %% ../nbs/02_models.ipynb #f2df119b
 def shortcut(c_in:int, c_out:int, stride:int) -> nn.Module:
     "The shortcut of a block: the identity, but where the shape changes."
     return Shortcut(c_in, c_out, stride) if stride > 1 or c_in != c_out else nn.Identity()
@@ -104,6 +105,7 @@ def cifar_resnet(depth:int, width:float, num_classes:int, in_channels:int) -> Re
     channels = scaled(width)
     return ResNet(BasicBlock, [(depth-2)//6]*3, channels, conv(in_channels, channels[0], 3), nn.Identity(), num_classes)
 
+# %% ../nbs/02_models.ipynb #76190c72
 def imagenet_resnet(depth:int, num_classes:int, in_channels:int) -> ResNet:
     "7x7 stem (64 channels: the paper's 'three' is a slip), max-pooling, four stages (Appendix B.2)."
     block = BasicBlock if depth < 50 else Bottleneck
@@ -126,6 +128,7 @@ class PreActBlock(nn.Module):
         if isinstance(self.downsample, Shortcut): x = self.downsample(y)
         return self.conv2(norm_act(self.bn2, self.conv1(y))) + x
 
+# %% ../nbs/02_models.ipynb #f737c07e
 def wide_resnet(depth:int, width:float, num_classes:int, in_channels:int) -> ResNet:
     "A stem of 16 channels, then 16, 32 and 64 times `width`, (depth-4)/6 blocks each."
     channels = scaled(width)
@@ -197,6 +200,7 @@ def pad_to_32(x):   # [N, C, H, W], of at most 32x32 pixels
     left, top = ((32 - s)//2 for s in (size[1], size[0]))
     return F.pad(x, (left, 32 - size[1] - left, top, 32 - size[0] - top))
 
+# %% ../nbs/02_models.ipynb #6abbf292
 class LeNet(nn.Module):
     "LeNet-5 with a normalization and ReLU after each hidden layer, for images of at most 32x32 pixels."
     def __init__(self, num_classes:int, in_channels:int, norm:str="batch"):
@@ -220,8 +224,8 @@ def build(arch:str,              # e.g. 'resnet56', 'wrn14-4', 'vgg16', 'resnet5
           in_channels:int=3,     # of the images
           norm:str="batch",      # of MLPs and LeNet: batch, none, affine
           size:int=28            # height and width of the images, which MLPs need to know
-         ) -> nn.Module:         # on the meta device: shapes and names, no numbers
-    "The layers of a network, without any numbers in them."
+         ) -> nn.Module:         # on the meta device: shapes and names, no values
+    "The layers of a network, without any values in them."
     family, depth, width = parse_arch(arch)
     if family in ("mlp", "lenet"): choose("norm", norm, NORM)
     with torch.device("meta"):
@@ -277,6 +281,7 @@ class Swish(nn.Module):
     def reset(self): self.rho.zero_()
     def forward(self, x): return x*torch.sigmoid(self.rho*x)
 
+# %% ../nbs/02_models.ipynb #6bcab3bd
 class Swished(nn.Module):
     "A layer of ours with Swish in place of its ReLU."
     activates = True
@@ -293,6 +298,7 @@ def branches(model:nn.Module) -> list:   # of lists of convolutions, from the fi
     "The convolutions of each residual branch."
     return [[m for m in b.children() if isinstance(m, nn.Conv2d)] for b in model.modules() if isinstance(b, RESIDUAL)]
 
+# %% ../nbs/02_models.ipynb #be2d81fa
 def replace_norm(model:nn.Module,    # from `build`
                  norm:str="batch",   # batch (nothing is replaced), none, fixup, fixup-open, single, fixup+single
                  act:str="relu"      # relu, swish
@@ -324,15 +330,18 @@ def he_normal(rng,          # as `generator` gives it
     "Normal numbers of variance 2/fan_in (He et al., 2015)."
     return rng.standard_normal(shape) * math.sqrt(2/fan_in)
 
+# %% ../nbs/02_models.ipynb #5005f93e
 def he_uniform(rng, shape:tuple, fan_in:int):
     "Uniform numbers of variance 2/fan_in (He et al., 2015)."
     return (2*rng.random_sample(shape) - 1) * math.sqrt(6/fan_in)
 
+# %% ../nbs/02_models.ipynb #bcb69756
 def binary(rng, shape:tuple, fan_in:int):
     "The signs of `he_normal` times the standard deviation of its numbers."
     w = he_normal(rng, shape, fan_in)
     return np.sign(w) * w.std()
 
+# %% ../nbs/02_models.ipynb #d4ce55a0
 def orthogonal(rng, shape:tuple, fan_in:int):
     "The nearest matrix with orthonormal rows or columns to one of normal numbers."
     w = rng.standard_normal((shape[0], fan_in))
@@ -350,7 +359,7 @@ AFFINE = dict(uniform   = (lambda u: u, 0.),            # u ~ U[0, 1]
 # %% ../nbs/02_models.ipynb #409ee46a
 @torch.no_grad()
 def initialize(model:nn.Module, init:str="he_normal", bn_init:str="uniform", seed:int=0) -> nn.Module:
-    "Draw every number of `model` (on the CPU) from the streams of `seed`."
+    "Draw every value of `model` (on the CPU) from the generators of `seed`."
     draw, (gamma, beta) = FEATURES[choose("init", init, INITS)], AFFINE[choose("bn_init", bn_init, BN_INITS)]
     for name,m in model.named_modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -404,10 +413,11 @@ def create_model(arch:str,                 # e.g. 'resnet56', 'wrn14-4', 'vgg16'
 ROLES = "conv", "bn", "norm", "shortcut", "output"
 
 # %% ../nbs/02_models.ipynb #b39a14c6
-def is_own(m) -> bool:   # one of this notebook's networks, or a class that stands on one
+def is_own(m) -> bool:   # a network of this notebook, or of a class derived from one
     "Whether a module is a network whose parts are known."
     return isinstance(m, (ResNet, VGG, MLP, LeNet))
 
+# %% ../nbs/02_models.ipynb #11dce722
 def output_layer(model:nn.Module) -> nn.Linear:
     "The last linear layer, in a network of this notebook that of `fc`; `ValueError` for a model without one."
     found = [m for m in (model.fc if is_own(model) else model).modules() if isinstance(m, nn.Linear)]
@@ -416,7 +426,7 @@ def output_layer(model:nn.Module) -> nn.Linear:
 
 # %% ../nbs/02_models.ipynb #700d98d6
 def ends(model:nn.Module,
-         output:str|tuple|None=None   # names of the output's modules, where they cannot be told
+         output:str|tuple|None=None   # names of the output's modules, where they cannot be found
         ) -> tuple:                   # (modules of the output, modules on shortcuts), two sets
     "What a model ends in, and what stands on its shortcuts."
     inside, why = core(model, is_own)[1], ""
@@ -430,16 +440,19 @@ def ends(model:nn.Module,
             head, why = getattr(inside, "get_classifier", lambda: None)(), str(e)   # as timm's models have it
             last = [head] if isinstance(head, nn.Module) else []
     if output is not None: last = named_modules(model, output)
-    elif len(last) != 1 or not any(p.ndim > 1 for p in last[0].parameters()): raise ValueError(_ask(model, last, why))
+    elif len(last) != 1 or not any(p.ndim > 1 for p in last[0].parameters()):
+        raise ValueError(_ask_for_output(model, last, why))
     return {m for o in last for m in o.modules()}, shortcuts
 
+# %% ../nbs/02_models.ipynb #cb7c00b3
 def named_modules(model, output:str|tuple) -> list:
     "The modules of some names; `ValueError` for a name that no module with parameters has."
     names = [n for n,m in model.named_modules() if n and any(True for _ in m.parameters())]
     asked = [output] if isinstance(output, str) else output
     return [model.get_submodule(choose("output", n, names, "the model's modules")) for n in asked]
 
-def _ask(model, last, why):
+# %% ../nbs/02_models.ipynb #b10aaf88
+def _ask_for_output(model, last, why):
     inner = {n: m for n,m in model.named_modules() if n}
     names = sorted(n for n,m in model.named_modules() if m in last and any(True for _ in m.parameters()))
     linear = [n for n,m in inner.items() if isinstance(m, nn.Linear)]
@@ -452,10 +465,10 @@ def _ask(model, last, why):
 
 # %% ../nbs/02_models.ipynb #cd806a31
 def roles(model:nn.Module,
-          output:str|tuple|None=None,  # the output's module, where it cannot be told
+          output:str|tuple|None=None,  # names of the output's modules, where they cannot be found
           norms_only:bool=False        # do without output and shortcuts, whose roles are then 'conv'
          ) -> dict:                    # parameter name to role
-    "The role of every parameter, by module; `ValueError` where the output layer cannot be told."
+    "The role of every parameter, by module; `ValueError` where the output layer cannot be found."
     refuse_hidden(model)
     if norms_only: named_modules(model, output or ())
     last, shortcuts = ((), ()) if norms_only else ends(model, output)

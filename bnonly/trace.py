@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 __all__ = ["BATCH_NORMS", "CONVOLUTIONS", "shadow", "same_randomness", "Layers", "follow", "normalization", "place",
-           "trace", "last_layers", "on_shortcuts", "core", "refuse_hidden"]
+           "trace", "last_layers", "on_shortcuts", "core", "check_model", "refuse_hidden"]
 
 def shadow(model: nn.Module, known: dict = None) -> nn.Module:
     """A model with the same classes and names, which may be changed freely.
@@ -188,8 +188,19 @@ def core(model: nn.Module, is_own=lambda m: False) -> tuple:
     return inside
 
 
+def check_model(model: nn.Module) -> nn.Module:   # the same model
+    "`ValueError` in one sentence for what is no model."
+    if isinstance(model, nn.Module): return model
+    what, near = f"a {type(model).__name__}", "create_model('resnet14') makes one"
+    if model is None: what = "None"
+    elif isinstance(model, type): what, near = f"the class {model.__name__}", f"the nearest is {model.__name__}()"
+    elif isinstance(getattr(model, "model", None), nn.Module): near = f"the nearest is the {what[2:]}'s model"
+    raise ValueError(f"the model is {what}, not a torch.nn.Module; {near}.")
+
+
 def refuse_hidden(model: nn.Module):
-    "`ValueError` in one sentence for a model whose layers or numbers are not there to be seen."
+    "`ValueError` in one sentence for what is no model, or one whose layers or numbers are not there to be seen."
+    check_model(model)
     for name, m in model.named_modules():
         what = f"{name!r} of this {type(model).__name__}" if name else "this model"
         if isinstance(m, torch.jit.ScriptModule) and any(True for _ in m.parameters()):

@@ -329,7 +329,7 @@ def test_frozen_proves_it_and_puts_back():
     with frozen(model, "random2") as same:
         assert same is model and [*trainable(model)] == ["0.parametrizations.weight.original"]
     assert len(trainable(model)) == 6
-    with pytest.raises(RuntimeError, match="'0.weight' was frozen by 'norm' and moved"):
+    with pytest.raises(RuntimeError, match="'0.weight' was frozen by 'norm' and changed"):
         with frozen(model, "norm"): model[0].weight.data += 1
     assert len(trainable(model)) == 6
 
@@ -365,7 +365,7 @@ def test_frozen_without_a_policy_keeps_what_freeze_froze():
     model = freeze(net(), "norm")
     with frozen(model): model[0].weight.requires_grad_(True)
     assert [*trainable(model)] == ["1.weight", "1.bias"]
-    with pytest.raises(RuntimeError, match="'0.weight' was frozen by 'freeze' and moved"):
+    with pytest.raises(RuntimeError, match="'0.weight' was frozen by 'freeze' and changed"):
         with frozen(model): model[0].weight.data += 1
     with pytest.raises(ValueError, match="frozen needs a policy, e.g. 'norm'"): frozen(net())
 
@@ -461,5 +461,5 @@ def test_a_checkpoint_of_another_base_is_noticed(tmp_path):
     learn = learner_of(net(), tmp_path)
     learn.save("other")
     with torch.no_grad(): learn.model[0].weight += 1
-    with pytest.raises(RuntimeError, match="'0.weight' was frozen by 'norm' and moved"):
+    with pytest.raises(RuntimeError, match="'0.weight' was frozen by 'norm' and changed"):
         with frozen(learn, "norm"): learn.load("other")

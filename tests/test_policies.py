@@ -5,12 +5,16 @@ from bnonly.models import create_model
 from bnonly.policies import (
     POLICIES,
     counts,
+    digests,
     effective_weights,
     trainable_mask,
     freeze,
+    frozen,
+    frozen_as,
     load_trained_state,
     trained_state,
     trainable,
+    unfreeze,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -91,3 +95,28 @@ def test_random_entries_follow_the_seed():
 def test_at_most_every_entry_of_a_filter():
     "3x3 filters on one channel have nine entries, fewer than random16 asks for."
     assert trainable_mask(freeze(create_model("resnet14", in_channels=1), "random16"))["conv1.weight"].all()
+
+
+@pytest.mark.parametrize("call", [
+    lambda m: freeze(m, "bn"), lambda m: frozen(m, "bn"), frozen, unfreeze, frozen_as, trainable, counts, digests,
+    effective_weights, trainable_mask, trained_state, lambda m: load_trained_state(m, {})])
+def test_what_is_no_model_gets_a_sentence(call):
+    with pytest.raises(ValueError, match="^the model is None, not a torch.nn.Module; create_model"): call(None)
+    with pytest.raises(ValueError, match="^the model is the class Linear, .* the nearest is Linear"): call(nn.Linear)
+
+
+@pytest.mark.parametrize("policy,near", [(None, "'bn'"), (5, "'bn'"), (["bn", "output"], r"'bn\+output'")])
+def test_a_policy_that_is_no_string_gets_a_sentence(policy, near):
+    model = create_model("resnet8")
+    with pytest.raises(ValueError, match=rf"^policy .* is not a string of tokens .*, such as {near}\.$"):
+        freeze(model, policy)
+    assert all(p.requires_grad for p in model.parameters()) and frozen_as(model) is None
+
+
+@pytest.mark.parametrize("state,what", [(None, "None"), ("moved.safetensors", "a str"), ([1], "a list")])
+def test_what_is_no_trained_state_gets_a_sentence(state, what):
+    model = freeze(create_model("resnet8"), "bn")
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"^the trained state is {what}, not a dict of tensors; trained_state"):
+        load_trained_state(model, state)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
