@@ -45,7 +45,7 @@ def members(table, panel) -> list:   # of arch
 
 # %% ../nbs/08_affine.ipynb #1a1f902d
 def lacks(plan:list, features:pd.DataFrame, *families:str) -> list[str]:
-    "What a figure of both policies has to do without."
+    "The runs that a figure of both policies lacks, in words."
     return missing_runs(plan, features.drop_duplicates("folder").assign(status="complete"), (ALL, BN), families)
 
 # %% ../nbs/08_affine.ipynb #3e261bdc
@@ -61,31 +61,31 @@ def bins(values) -> np.ndarray:
     return width*(np.arange(np.floor(low/width), np.ceil(high/width) + 2) - .5)
 
 # %% ../nbs/08_affine.ipynb #59f8485c
-def heading(own, panel) -> str:
+def heading(channels, panel) -> str:
     "Which network a panel shows, on what data, and from how many seeds of each policy."
-    n = dict.fromkeys(str(own[own.policy == p].seed.nunique()) for p in PAIR if (own.policy == p).any())
-    return f"{title(own.arch.iloc[0], panel)} for {' and '.join(own.images.unique())}, n = {' and '.join(n)}"
+    n = dict.fromkeys(str(channels[channels.policy == p].seed.nunique()) for p in PAIR if (channels.policy == p).any())
+    return f"{title(channels.arch.iloc[0], panel)} for {' and '.join(channels.images.unique())}, n = {' and '.join(n)}"
 
-def histogram(ax, own, value, panel):
+def histogram(ax, channels, value, panel):
     "The distribution of one number for one network, a filled outline for each policy."
-    edges = bins(own[value])
-    for policy in [p for p in PAIR if (own.policy == p).any()]:
+    edges = bins(channels[value])
+    for policy in [p for p in PAIR if (channels.policy == p).any()]:
         label, color = SERIES[policy]
-        values = own[own.policy == policy][value]
+        values = channels[channels.policy == policy][value]
         ax.hist(values, edges, density=True, histtype="stepfilled", alpha=.5, color=color, label=label)
     ax.set(xlabel=f"Value of {dict(gamma='γ', beta='β')[value]}", ylabel="Density")
-    ax.set_title(heading(own, panel), fontsize=8)
+    ax.set_title(heading(channels, panel), fontsize=8)
 
 # %% ../nbs/08_affine.ipynb #a30f835b
 PAPER_GAMMA = {("resnet110", "all"): (.27, .21), ("resnet110", "bn"): (.20, .48),   # mean, deviation (Section 5)
                ("resnet101", "all"): (.14, .14), ("resnet101", "bn"): (.05, .26)}
 
-def draw_moments(ax, own):
+def draw_moments(ax, channels):
     "Mean and standard deviation of gamma below the axis, and the paper's."
-    top, rows, arch = ax.get_ylim()[1], [], own.arch.iloc[0]
-    comparable = own.data.iloc[0] == papers_recipe(arch).data
+    top, rows, arch = ax.get_ylim()[1], [], channels.arch.iloc[0]
+    comparable = channels.data.iloc[0] == papers_recipe(arch).data
     for policy in PAIR:
-        g, color = own[own.policy == policy].gamma, SERIES[policy][1]
+        g, color = channels[channels.policy == policy].gamma, SERIES[policy][1]
         paper = PAPER_GAMMA.get((arch, policy)) if comparable else None
         rows += [(g.mean(), g.std(), dict(fmt="o", color=color))]
         rows += [(*paper, dict(fmt="*", ms=8, mfc="none", lw=.7, color=color))] if paper else []
@@ -101,16 +101,17 @@ def fig04(features:pd.DataFrame,   # as `channels` gives it
           plan:list=()             # the runs of the study, to say what is missing
          ) -> plt.Figure:
     "The distribution of gamma in one deep network of each family (the paper's Figure 4)."
-    own = single_recipe(features[features.policy.isin(PAIR)])
-    cases = {p: case(own, p, a) for p,a in FAVOURITES.items()}
+    rows = single_recipe(features[features.policy.isin(PAIR)])
+    cases = {p: case(rows, p, a) for p,a in FAVOURITES.items()}
     missing = lacks([s for s in plan if s.arch in (*FAVOURITES.values(), *cases.values())], features, *FAVOURITES)
     missing += [f"{a} stands in for {FAVOURITES[p]}" for p,a in cases.items() if a and a != FAVOURITES[p]]
     cases = {p: a for p,a in cases.items() if a}
     if not cases: return empty("The distribution of γ in a ResNet trained under both policies", *missing)
     fig, axes = plt.subplots(1, len(cases), figsize=(WIDTH if len(cases) > 1 else 5.4, 2.7), squeeze=False)
     for ax,(panel,arch) in zip(axes[0], cases.items()):
-        histogram(ax, one := own[own.arch == arch], "gamma", panel)
-        draw_moments(ax, one)
+        network = rows[rows.arch == arch]
+        histogram(ax, network, "gamma", panel)
+        draw_moments(ax, network)
     legend(fig)
     return footnote(fig, "all seeds together; below the axis mean ± one standard deviation of γ", *missing)
 
@@ -126,7 +127,7 @@ def small_gammas(features:pd.DataFrame   # as `channels` gives it
 
 # %% ../nbs/08_affine.ipynb #04792197
 RESNETS = tuple(PANEL_NAMES)[:3]   # the panels of these figures
-NOT_RUN = dict(rotation=90, ha="center", va="bottom", fontsize=5, color="gray")   # how text stands in place of a bar
+NOT_RUN = dict(rotation=90, ha="center", va="bottom", fontsize=5, color="gray")   # text in place of a bar
 
 def bar_panel(ax, stats, series):
     "One family: a bar for each series, which is a label with its colour and opacity."
@@ -153,8 +154,9 @@ def bar_figure(stats:pd.DataFrame,   # of `summary`, with series and paper
     if not names: return None
     fig, axes = plt.subplots(1, len(names), figsize=(WIDTH if len(names) > 1 else 5.4, 2.6), sharey=True, squeeze=False)
     for ax,name in zip(axes[0], names):
-        bar_panel(ax, own := stats[stats.panel == name], series)
-        ax.set(xlabel=f"{name} on {images(table, own)}", ylabel=ylabel if ax is axes[0][0] else "")
+        of_panel = stats[stats.panel == name]
+        bar_panel(ax, of_panel, series)
+        ax.set(xlabel=f"{name} on {images(table, of_panel)}", ylabel=ylabel if ax is axes[0][0] else "")
     legend(fig, 2)
     return fig
 
@@ -164,7 +166,7 @@ PAPER_SMALL = {("resnet110", "bn", .01): 27, ("resnet110", "all", .01): 4, ("res
                ("resnet101", "all", .01): 5, ("resnet14", "all", .05): 3, ("resnet866", "all", .05): 48}
 
 def by_threshold(table, value, label, paper={}):
-    "Mean and spread over seeds for each policy and threshold, with the labels of their bars."
+    "Mean and standard deviation over seeds for each policy and threshold, and the look of each bar."
     def papers_value(r, t):
         known = r["data"] == papers_recipe(r["arch"]).data
         return paper.get((r["arch"], r["policy"], t), np.nan) if known else np.nan
@@ -181,11 +183,11 @@ def fig05(features:pd.DataFrame,   # as `channels` gives it
           plan:list=()             # the runs of the study, to say what is missing
          ) -> plt.Figure:
     "The share of gammas below three thresholds, by depth and width (the paper's Figure 5)."
-    own, missing = single_recipe(features[features.policy.isin(PAIR)]), lacks(plan, features, *RESNETS)
-    fig = None
-    if len(own):
-        stats, series = by_threshold(small_gammas(own), "share", lambda p, t: f"{SERIES[p][0]}, t = {t}", PAPER_SMALL)
-        fig = bar_figure(stats, series, own, "Fraction of |γ| < t (%)")
+    rows = single_recipe(features[features.policy.isin(PAIR)])
+    missing, fig = lacks(plan, features, *RESNETS), None
+    if len(rows):
+        stats, series = by_threshold(small_gammas(rows), "share", lambda p, t: f"{SERIES[p][0]}, t = {t}", PAPER_SMALL)
+        fig = bar_figure(stats, series, rows, "Fraction of |γ| < t (%)")
     return footnote(fig, SPREAD, *missing) if fig else empty("The share of small γ in ResNets", *missing)
 
 # %% ../nbs/08_affine.ipynb #887316c0
@@ -194,12 +196,12 @@ def fig06(curves:pd.DataFrame,   # as `clamped` gives it
           plan:list=()           # the runs of the study, to say what is missing
          ) -> plt.Figure:
     "How accuracy changes when small gammas are set to zero (the paper's Figure 6)."
-    own = single_recipe(curves[curves.policy.isin(PAIR)]).assign(status="complete")
+    rows = single_recipe(curves[curves.policy.isin(PAIR)]).assign(status="complete")
     missing = lacks(plan, curves, *RESNETS)
     fig = None
-    if len(own):
-        stats, series = by_threshold(own, "change", lambda p, t: f"{SERIES[p][0]}, |γ| < {t}")
-        fig = bar_figure(stats, series, own, "Change in Accuracy (points)")
+    if len(rows):
+        stats, series = by_threshold(rows, "change", lambda p, t: f"{SERIES[p][0]}, |γ| < {t}")
+        fig = bar_figure(stats, series, rows, "Change in Accuracy (points)")
     if fig is None: return empty("Accuracy of ResNets without small γ", *missing)
     for ax in fig.axes:
         clip(ax, *_reach(stats))
@@ -210,12 +212,12 @@ def fig06(curves:pd.DataFrame,   # as `clamped` gives it
 
 # %% ../nbs/08_affine.ipynb #708e5779
 def _reach(stats):
-    "The paper's axis, from -8 to 0; the bars' own where all of them are shorter than a point."
+    "The paper's axis, from -8 to 0; that of the bars where all of them are shorter than a point."
     low, high = 1.2*(stats["mean"] - stats.sd.fillna(0)).min(), 1.2*(stats["mean"] + stats.sd.fillna(0)).max()
     return (min(low, -.1), max(high, .1)) if low > -1.2 else (-8, max(.5, high))
 
 def clip(ax, low, high):
-    "Cut an axis of bars, and write what is cut off."
+    "Cut an axis of bars, and write the value of each bar that goes below it."
     ax.set_ylim(low, high)
     ax.axhline(0, color="gray", lw=.8)
     for b in ax.patches:
@@ -246,9 +248,10 @@ def distributions(features:pd.DataFrame,   # as `channels` gives it
                  ) -> plt.Figure:
     "The distribution of gamma or beta for every network of a family (the paper's Figures 15 to 22)."
     value, panel = DISTRIBUTIONS[name]
-    own, missing = single_recipe(features[features.policy.isin(PAIR)]), lacks(plan, features, panel)
-    if not members(own, panel): return empty(f"The distribution of {value} in {PANEL_NAMES[panel]}", *missing)
-    return footnote(grid(own, panel, lambda ax, rows, p: histogram(ax, rows, value, p)), "all seeds together", *missing)
+    rows, missing = single_recipe(features[features.policy.isin(PAIR)]), lacks(plan, features, panel)
+    if not members(rows, panel): return empty(f"The distribution of {value} in {PANEL_NAMES[panel]}", *missing)
+    def draw(ax, network, panel): histogram(ax, network, value, panel)
+    return footnote(grid(rows, panel, draw), "all seeds together", *missing)
 
 # %% ../nbs/08_affine.ipynb #fad32a95
 def relus(features:pd.DataFrame   # as `channels` gives it
@@ -273,11 +276,11 @@ def fig07(features:pd.DataFrame,   # as `channels` gives it
           plan:list=()             # the runs of the study, to say what is missing
          ) -> plt.Figure:
     "The share of ReLUs that are zero in more than 99% of cases, by depth and width (the paper's Figure 7)."
-    own, missing, fig = relus(features), lacks(plan, features[features.zero.notna()], *RESNETS), None
-    if len(own):
-        stats = summary(silent(own), "share")
+    rows, missing, fig = relus(features), lacks(plan, features[features.zero.notna()], *RESNETS), None
+    if len(rows):
+        stats = summary(silent(rows), "share")
         stats = stats.assign(series=[SERIES[p][0] for p in stats.policy], paper=np.nan)
-        fig = bar_figure(stats, {SERIES[p][0]: (SERIES[p][1], 1) for p in PAIR}, own, "% of Activations Disabled")
+        fig = bar_figure(stats, {SERIES[p][0]: (SERIES[p][1], 1) for p in PAIR}, rows, "% of Activations Disabled")
     if fig is None: return empty("The share of silent ReLUs in ResNets", *missing)
     bands = [(ax, BANDS["imagenet" if "on ImageNet" in ax.get_xlabel() else "cifar10", p], SERIES[p][1])
              for ax in fig.axes if " on CIFAR-10" in ax.get_xlabel() or " on ImageNet" in ax.get_xlabel() for p in PAIR]
@@ -287,14 +290,14 @@ def fig07(features:pd.DataFrame,   # as `channels` gives it
 # %% ../nbs/08_affine.ipynb #6a26df28
 FREQUENCIES = {"fig23": "ResNet", "fig24": "WRN", "fig25": "ImageNet ResNet"}
 
-def frequency(ax, own, panel):
+def frequency(ax, channels, panel):
     "The histogram of Pr[activation = 0] for one network."
-    for policy in [p for p in PAIR if (own.policy == p).any()]:
+    for policy in [p for p in PAIR if (channels.policy == p).any()]:
         label, color = SERIES[policy]
-        zero, edges = own[own.policy == policy].zero, np.linspace(0, 1, 41)
+        zero, edges = channels[channels.policy == policy].zero, np.linspace(0, 1, 41)
         ax.hist(zero, edges, density=True, histtype="stepfilled", alpha=.5, color=color, label=label)
     ax.set(xlabel="Pr[activation = 0]", ylabel="Density", xlim=(0, 1))
-    ax.set_title(heading(own, panel), fontsize=8)
+    ax.set_title(heading(channels, panel), fontsize=8)
 
 @styled()
 def frequencies(features:pd.DataFrame,   # as `channels` gives it
@@ -302,19 +305,19 @@ def frequencies(features:pd.DataFrame,   # as `channels` gives it
                 plan:list=()             # the runs of the study, to say what is missing
                ) -> plt.Figure:
     "Histograms of Pr[activation = 0] for every network of a family (the paper's Figures 23 to 25)."
-    own, panel = relus(features), FREQUENCIES[name]
+    rows, panel = relus(features), FREQUENCIES[name]
     missing = lacks(plan, features[features.zero.notna()], panel)
-    if not members(own, panel): return empty(f"Histograms of Pr[activation = 0] in {PANEL_NAMES[panel]}", *missing)
-    return footnote(grid(own, panel, frequency), "all seeds together", *missing)
+    if not members(rows, panel): return empty(f"Histograms of Pr[activation = 0] in {PANEL_NAMES[panel]}", *missing)
+    return footnote(grid(rows, panel, frequency), "all seeds together", *missing)
 
 # %% ../nbs/08_affine.ipynb #884e27b2
 def activity(features:pd.DataFrame   # as `channels` gives it
             ) -> pd.DataFrame:       # one row a network and policy, in percent
-    "How many ReLUs are always off, always on, and in between: mean and standard deviation over seeds, and n."
-    own = relus(features)
-    kinds = dict(silent=own.zero > SILENT, on=own.zero < 1-SILENT, between=own.zero.between(.3, .9))
+    "The share of ReLUs that are always off, always on, and in between: mean and standard deviation over seeds, and n."
+    rows = relus(features)
+    kinds = dict(silent=rows.zero > SILENT, on=rows.zero < 1-SILENT, between=rows.zero.between(.3, .9))
     by = ["images", "epochs", "arch", "policy"]
-    runs = own[[*by, "seed"]].assign(**{k: 100.*v for k,v in kinds.items()}).groupby([*by, "seed"]).mean().groupby(by)
+    runs = rows[[*by, "seed"]].assign(**{k: 100.*v for k,v in kinds.items()}).groupby([*by, "seed"]).mean().groupby(by)
     return pd.concat([runs.mean(), runs.std().add_suffix(" sd")], axis=1).assign(n=runs.size())
 
 # %% ../nbs/08_affine.ipynb #070eeb64
@@ -334,7 +337,7 @@ def decayed(steps:int,              # of the whole run, by the step schedule: lr
 
 # %% ../nbs/08_affine.ipynb #01035dc9
 def matched_decay(spec:Spec) -> float:
-    "The weight decay that shrinks an idle gamma, over this run's steps, as much as the paper's run does."
+    "The weight decay that shrinks an idle gamma over this run as much as over the paper's run."
     paper, n = steps(Spec(data="cifar10", epochs=160)), steps(spec)
     decay, aim = 1e-4*paper/n, np.log(decayed(paper))
     for _ in range(10): decay *= aim/np.log(decayed(n, decay, spec.lr, spec.momentum))
@@ -344,23 +347,24 @@ def matched_decay(spec:Spec) -> float:
 def several_decays(table:pd.DataFrame   # as `channels` or `clamped` gives it
                   ) -> pd.DataFrame:
     "The runs of the deepest network whose BatchNorm was trained alone under more than one weight decay."
-    own = single_recipe(table[table.policy.isin(PAIR)], free=("weight_decay",))
-    archs = [a for a,g in own[own.policy == "bn"].groupby("arch") if g.weight_decay.nunique() > 1]
-    return own[own.arch == max(archs, key=lambda a: parse_arch(a)[1:])] if archs else own[:0]
+    chosen = single_recipe(table[table.policy.isin(PAIR)], free=("weight_decay",))
+    archs = [a for a,g in chosen[chosen.policy == "bn"].groupby("arch") if g.weight_decay.nunique() > 1]
+    return chosen[chosen.arch == max(archs, key=lambda a: parse_arch(a)[1:])] if archs else chosen[:0]
 
 def decay_table(features:pd.DataFrame,   # as `channels` gives it
                 curves:pd.DataFrame      # as `clamped` gives it
                ) -> pd.DataFrame:        # one row a policy and weight decay
     "The share of small gammas and of silent ReLUs, and the accuracy with and without those gammas."
-    own, cut, by = several_decays(features), several_decays(curves), ["policy", "weight_decay"]
-    runs = own.assign(small=100.*(own.gamma.abs() < .01), silent=100.*(own.zero > SILENT).where(own.zero.notna()))
+    rows, clamp_rows = several_decays(features), several_decays(curves)
+    by = ["policy", "weight_decay"]
+    runs = rows.assign(small=100.*(rows.gamma.abs() < .01), silent=100.*(rows.zero > SILENT).where(rows.zero.notna()))
     runs = runs.groupby([*by, "seed"])[["small", "silent"]].mean()
-    at = cut.pivot_table(index=[*by, "seed"], columns="threshold", values="accuracy").reindex(columns=[0., .01])
+    at = clamp_rows.pivot_table(index=[*by, "seed"], columns="threshold", values="accuracy").reindex(columns=[0., .01])
     runs = runs.join(at.set_axis(["accuracy", "without"], axis=1)).groupby(by)
-    rows = own.drop_duplicates(by).set_index(by)
-    alone = [min(100., 1/decayed(steps(r), r.name[1], r.lr, r.momentum)) for _,r in rows.iterrows()]
+    specs = rows.drop_duplicates(by).set_index(by)
+    alone = [min(100., 1/decayed(steps(r), r.name[1], r.lr, r.momentum)) for _,r in specs.iterrows()]
     table = pd.concat([runs.mean(), runs.std().add_suffix(" sd")], axis=1)
-    return table.assign(n=runs.size(), alone=pd.Series(alone, rows.index, dtype=float))
+    return table.assign(n=runs.size(), alone=pd.Series(alone, specs.index, dtype=float))
 
 # %% ../nbs/08_affine.ipynb #48f51544
 DECAY_COLORS = "#f4a582", "tab:red", "#67001f", "black"   # BatchNorm's red, darker with more decay
@@ -371,27 +375,29 @@ def fig_decay(features:pd.DataFrame,   # as `channels` gives it
               plan:list=()             # the runs of the study, to say what is missing
              ) -> plt.Figure:
     "Several weight decays: distribution of gamma, share of small gammas, clamping."
-    own, cut, done = several_decays(features), several_decays(curves), {Path(f).name for f in features.folder}
-    left = [s.key for s in plan if s.policy in PAIR and s.weight_decay != Spec.weight_decay and s.key not in done]
-    left = [f"planned and not measured yet: {'; '.join(left)}"] if left else []
-    if not len(own):
-        why = left or ["no network of this study was trained under more than one"]
+    rows, clamp_rows = several_decays(features), several_decays(curves)
+    done = {Path(folder).name for folder in features.folder}
+    unmeasured = [s.key for s in plan if s.policy in PAIR and s.weight_decay != Spec.weight_decay and s.key not in done]
+    unmeasured = [f"planned and not measured yet: {'; '.join(unmeasured)}"] if unmeasured else []
+    if not len(rows):
+        why = unmeasured or ["no network of this study was trained under more than one"]
         return empty("BatchNorm alone under several weight decays", *why)
     fig, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.6))
-    for (w,g),color in zip(own[own.policy == "bn"].groupby("weight_decay"), DECAY_COLORS):
+    for (w,g),color in zip(rows[rows.policy == "bn"].groupby("weight_decay"), DECAY_COLORS):
         label = f"BatchNorm, weight decay {w:g} (n = {g.seed.nunique()})"
-        axes[0].hist(g.gamma, bins(own.gamma), density=True, histtype="step", color=color, label=label)
-        if len(cut): curve(axes[2], cut[(cut.weight_decay == w) & (cut.policy == "bn")], color)
+        axes[0].hist(g.gamma, bins(rows.gamma), density=True, histtype="step", color=color, label=label)
+        of_decay = clamp_rows[(clamp_rows.weight_decay == w) & (clamp_rows.policy == "bn")]
+        if len(of_decay): curve(axes[2], of_decay, color)
     axes[0].set(xlabel="Value of γ", ylabel="Density")
     decay_bars(axes[1], decay_table(features, curves))
     axes[2].set(xlabel="Smallest γ set to zero (%)", ylabel="Change in Accuracy (points)")
     legend(fig, 2)
-    what = f"{title(own.arch.iloc[0])} on {' and '.join(own.images.unique())}, {SPREAD}"
-    return footnote(fig, what, "a ring: all with |γ| < 0.01 set to zero", *left)
+    what = f"{title(rows.arch.iloc[0])} on {' and '.join(rows.images.unique())}, {SPREAD}"
+    return footnote(fig, what, "a ring: all with |γ| < 0.01 set to zero", *unmeasured)
 
 # %% ../nbs/08_affine.ipynb #8336dbd0
 def decay_bars(ax, stats):
-    "The share of small gammas, and what decay alone would make of it."
+    "The share of small gammas, and the share that decay alone would make small."
     decays = sorted(set(stats.index.get_level_values("weight_decay")))
     for policy in PAIR:
         s = stats[stats.index.get_level_values("policy") == policy].droplevel("policy").reindex(decays)
@@ -407,12 +413,12 @@ def decay_bars(ax, stats):
         if "all" in stats.index and ("all", w) not in stats.index: ax.text(i - .2, 1.5, "not run", **NOT_RUN)
 
 # %% ../nbs/08_affine.ipynb #30bc80e8
-def curve(ax, own, color):
+def curve(ax, rows, color):
     "Accuracy against the share of gammas set to zero, mean and standard deviation over seeds."
-    even = own[~own.threshold.isin(THRESHOLDS)]
+    even = rows[~rows.threshold.isin(THRESHOLDS)]
     line = even.groupby(even.share.round(-1)).change.agg(["mean", "std"])
     ax.errorbar(line.index, line["mean"], line["std"], fmt=".-", capsize=2, color=color)
-    small = own[own.threshold == .01][["share", "change"]]
+    small = rows[rows.threshold == .01][["share", "change"]]
     ax.plot(*small.mean(), "o", ms=9, mfc="none", color=color)
 
 # %% ../nbs/08_affine.ipynb #f47e0003
@@ -424,7 +430,7 @@ def within_reach(table:pd.DataFrame) -> pd.Series:   # as `channels` gives it, w
 
 def fates(table:pd.DataFrame   # as `channels` gives it, with `drawn`
          ) -> pd.DataFrame:    # one row a run; percentages, but for the correlation
-    "What became of the gammas of each run."
+    "How the gammas of each run ended, by where they began and by whether their ReLU is silent."
     t = table.assign(small=table.gamma.abs() < .01, near=within_reach(table), inner=table.role == 0,
                      silent=table.zero > SILENT)
     def of(rows, what): return 100*rows[what].mean()

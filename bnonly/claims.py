@@ -30,29 +30,33 @@ from .selections import FAMILIES, FREE, parse_selection
 from .shapes import convolutions, sizes
 
 # %% ../nbs/12_claims.ipynb #ca7a5aa6
-def _of_channels(own:pd.DataFrame) -> dict:
-    "What the paper says of a network's gammas, betas and ReLUs, in percent but for mean and standard deviation."
-    g, share = own.gamma, lambda where: 100*where.mean()
-    found = dict(mean=g.mean(), sd=g.std(), positive=share(g > 0), negative=share(g < 0),
-                 small01=share(g.abs() < .01), small05=share(g.abs() < .05))
-    if "beta" in own: found["beta05"] = share(own.beta.abs() < .05)
-    zero, limit = own.zero.dropna() if "zero" in own else [], SILENT
+def _of_channels(channels:pd.DataFrame) -> dict:
+    "The paper's numbers about the channels of one run: mean and standard deviation of gamma, the rest in percent."
+    def percent(where): return 100*where.mean()
+    gamma = channels.gamma
+    found = dict(mean=gamma.mean(), sd=gamma.std(), positive=percent(gamma > 0), negative=percent(gamma < 0),
+                 small01=percent(gamma.abs() < .01), small05=percent(gamma.abs() < .05))
+    if "beta" in channels: found["beta05"] = percent(channels.beta.abs() < .05)
+    zero = channels.zero.dropna() if "zero" in channels else []
     if len(zero) == 0: return found
-    return found | dict(silent=share(zero > limit), fixed=share((zero > limit) | (zero < 1-limit)),
-                        sometimes=share((zero > .3) & (zero < .9)))
+    return found | dict(silent=percent(zero > SILENT), fixed=percent((zero > SILENT) | (zero < 1-SILENT)),
+                        sometimes=percent((zero > .3) & (zero < .9)))
 
 # %% ../nbs/12_claims.ipynb #9be2077c
 def per_run(table:pd.DataFrame,       # as `results` gives it
             channels:pd.DataFrame,    # one row a channel: gamma, zero where there is a ReLU
             clamped:pd.DataFrame|None=None   # one row a run and threshold: change of accuracy in points
            ) -> pd.DataFrame:         # the table with further columns
-    "What claims are measured on: one row a run."
+    "The table that claims are measured on: one row a run."
     by = list(Spec.__dataclass_fields__)
-    rows = [dict(zip(by, k)) | _of_channels(own) for k,own in channels.groupby(by, sort=False)] if len(channels) else []
+    groups = channels.groupby(by, sort=False) if len(channels) else []
+    rows = [dict(zip(by, spec)) | _of_channels(of_run) for spec,of_run in groups]
     found = table.merge(pd.DataFrame(rows), how="left", on=by) if rows else table
-    for t,name in ((.01, "clamp01"), (.05, "clamp05")):
-        own = clamped[np.isclose(clamped.threshold.astype(float), t)] if clamped is not None and len(clamped) else []
-        if len(own): found = found.merge(own[[*by, "change"]].rename(columns=dict(change=name)), how="left", on=by)
+    for threshold,name in ((.01, "clamp01"), (.05, "clamp05")):
+        if clamped is None or not len(clamped): continue
+        changes = clamped[np.isclose(clamped.threshold.astype(float), threshold)]
+        if not len(changes): continue
+        found = found.merge(changes[[*by, "change"]].rename(columns=dict(change=name)), how="left", on=by)
     return found.assign(drop=found.accuracy - found.dropped) if "dropped" in found else found
 
 # %% ../nbs/12_claims.ipynb #2d42b163
@@ -61,7 +65,9 @@ BOTH_FAMILIES = "paper", "imagenet"
 def gather(study:str) -> pd.DataFrame:
     "The table that a study's claims are measured on; `paper` and `imagenet` share one."
     studies = BOTH_FAMILIES if study in BOTH_FAMILIES else (study,)
-    read = lambda of: pd.concat([t for s in studies if len(t := of(s))] or [of(study)], ignore_index=True)
+    def read(table_of):
+        tables = [table for name in studies if len(table := table_of(name))]
+        return pd.concat(tables or [table_of(study)], ignore_index=True)
     return per_run(with_robustness(read(results)), read(analysis.channels), read(analysis.clamped))
 
 # %% ../nbs/12_claims.ipynb #a4ed9acc
@@ -76,24 +82,24 @@ class Claim(NamedTuple):
     on: str = ""            # a key of `ON`
     column: str = "accuracy"
     says: str = ""          # the paper's number in words
-    number: tuple = ()      # the paper's number as (low, high); alike where it is one
-    bounds: tuple = ()      # (low, high), where it is bounds
+    number: tuple = ()      # the paper's number as (low, high); low = high for one number
+    bounds: tuple = ()      # (low, high), where the paper gives bounds
     tolerance: float = .5   # what rounding leaves open
-    margin: float = 2.      # how far off still agrees: points, or percent
+    margin: float = 2.      # how far from the number still agrees: points, or percent
     of: str = ""            # what is counted
     rates: tuple = ()       # two learning rates
     above: float = 0.       # a coefficient
 
 # %% ../nbs/12_claims.ipynb #5d6bd6da
-def _pair(value): return tuple(value) if isinstance(value, list) else (value, value)
+def _ends(value): return tuple(value) if isinstance(value, list) else (value, value)
 
 def stated(row:dict   # of claims.toml
           ) -> dict:  # number or bounds, and says
     "What a paper gives, as a number or as bounds."
     if "number" in row:
-        ends = _pair(row["number"])
+        ends = _ends(row["number"])
         return dict(number=ends, says=" to ".join(f"{v:g}" for v in dict.fromkeys(ends)))
-    if "range" in row: return dict(bounds=_pair(row["range"]), says="{:g} to {:g}".format(*row["range"]))
+    if "range" in row: return dict(bounds=_ends(row["range"]), says="{:g} to {:g}".format(*row["range"]))
     if "within" in row: return dict(bounds=(-row["within"], row["within"]), says=f"within {row['within']:g}")
     if "least" in row: return dict(bounds=(row["least"], np.inf), says=f"at least {row['least']:g}")
     if "most" in row: return dict(bounds=(-np.inf, row["most"]), says=f"at most {row['most']:g}")
@@ -133,8 +139,8 @@ PAPERS = read_claims()
 CLAIMS, HENRIKSBOE, REGULARIZATION = (PAPERS[p] for p in ("frankle", "henriksboe", "dauphin"))
 
 # %% ../nbs/12_claims.ipynb #bb24b3fd
-def _part(arch, part):
-    "How many numbers a part of a network has; `norms` counts layers, `random8` eight a channel."
+def _size_of(arch, part):
+    "How many parameters a part of a network has; `norms` counts layers, `random8` eight a channel."
     layers = convolutions(arch)
     if part == "norms": return len(layers)
     if part.startswith("random"): return int(part.removeprefix("random"))*sum(out for *_,out in layers)
@@ -143,11 +149,12 @@ def _part(arch, part):
 def counted(of:str   # e.g. 'resnet14 bn', 'cifar bn / total', 'resnet866 bn / resnet14 total'
            ) -> float:
     "A count, or the ratio of two."
-    (which, parts), *below = [o.split() for o in of.split(" / ")]
-    total = lambda arch, words: sum(_part(arch, p) for p in words.split("+"))
-    if not below: return float(total(which, parts))
-    base = lambda arch: total(below[0][0] if len(below[0]) > 1 else arch, below[0][-1])
-    return max(total(a, parts)/base(a) for a in FAMILIES.get(which, which.split(",")))
+    (which, parts), *denominator = [words.split() for words in of.split(" / ")]
+    def total(arch, parts): return sum(_size_of(arch, part) for part in parts.split("+"))
+    if not denominator: return float(total(which, parts))
+    *other, base_parts = denominator[0]   # of another network, where one is named
+    def ratio(arch): return total(arch, parts)/total(other[0] if other else arch, base_parts)
+    return max(map(ratio, FAMILIES.get(which, which.split(","))))
 
 # %% ../nbs/12_claims.ipynb #5447b381
 def _growth(_, claim):
@@ -163,7 +170,7 @@ MEASURES = KINDS | dict(count=_count, growth=_growth)
 
 # %% ../nbs/12_claims.ipynb #74160561
 def regions(claim:Claim) -> tuple:   # (low, high) of the claimed region, and of the one with the margin
-    "What the paper says, and what still agrees with it."
+    "The claimed and the agreeing region."
     if not claim.number: return claim.bounds, claim.bounds
     low, high = claim.number
     half = min(abs(low), abs(high))/2
@@ -198,20 +205,20 @@ SCALE = dict(cifar=("CIFAR-10", 160, 5), imagenet=("ImageNet", 90, 3), mlp=("MNI
 SCALE["lenet"] = SCALE["mlp"]
 
 def scale_of(claim:Claim) -> tuple:   # networks, {(images, epochs, '')}, images to seeds
-    "On what a paper measured a claim."
+    "The scale at which a paper measured a claim."
     archs = {ON[claim.on][0]} if claim.on else {a for words in claim.runs for a in parse_selection(words).archs}
     scales = {ON[claim.on][1:]} if claim.on else {SCALE.get(parse_arch(a).family, SCALE["cifar"]) for a in archs}
     return archs, {(images, epochs, "") for images,epochs,_ in scales}, {images: n for images,_,n in scales}
 
 # %% ../nbs/12_claims.ipynb #c16e38a9
 def belongs(claim:Claim, items:list) -> bool:
-    "Whether the images can speak of a claim: a number of a named network is about the paper's images."
+    "Whether the measured images can decide a claim: a number of a named network is about the paper's images."
     ordering = not claim.number and claim.says in ("above", "shrinks")
-    named = not claim.on and not ordering and any(not parse_selection(w).which for w in claim.runs)
-    images = {w[0] for i in items for p in i.used for w in p.where}
-    return not named or all(i.startswith(("CIFAR-10", "ImageNet", "MNIST")) for i in images)
+    named = not claim.on and not ordering and any(not parse_selection(words).which for words in claim.runs)
+    images = {where[0] for i in items for point in i.used for where in point.where}
+    return not named or all(name.startswith(("CIFAR-10", "ImageNet", "MNIST")) for name in images)
 
-def _places(where):
+def _in_words(where):
     "Images, epochs and what else differs, in words."
     epochs = {}
     for images,age,odd in sorted(where): epochs.setdefault((images, odd), []).append(str(age))
@@ -219,28 +226,28 @@ def _places(where):
 
 # %% ../nbs/12_claims.ipynb #fc0d5b20
 def verdict(claim:Claim, items:list) -> str:
-    "What a claim comes to."
+    "The verdict on a claim by all its items, with what it was measured on where that is not the paper's scale."
     at_scale = {"holds": "reproduced", "does not hold": "not reproduced"}
     if claim.kind in EXACT: return at_scale[judge(items[0], claim)]
     if not items or not belongs(claim, items): return "not measured"
     archs, scales, seeds = scale_of(claim)
-    of_paper = max(seeds.values())
-    came, _, part = together([judge(i, claim, of_paper, len(items)) for i in items]).partition(" (")
-    points = {(p.name, p.n, w) for i in items for p in i.used for w in p.where}
-    where, have = {w for *_,w in points}, {name for name,*_ in points}
-    few = min(((n, seeds[w[0]]) for _,n,w in points if where <= scales and n < seeds[w[0]]), default=None)
+    found, _, part = together([judge(i, claim, max(seeds.values()), len(items)) for i in items]).partition(" (")
     part = f" ({part}" if part else ""
-    if where <= scales and have >= archs and not few: return at_scale.get(came, came) + part
-    if claim.kind == "best" and came != "holds" and not have >= archs: return "not measured"   # a larger may be missing
-    others = "" if have >= archs else f", {len(have)} stand-in{'s'*(len(have) != 1)}"
-    if others and have & archs: others = f", {len(have & archs)} of {len(archs)} networks"
-    return f"{came}{part} on {_places(where)}{others}" + (", {} of {} seeds".format(*few) if few else "")
+    points = {(p.name, p.n, where) for i in items for p in i.used for where in p.where}
+    wheres, measured = {where for *_,where in points}, {name for name,*_ in points}
+    exact, complete = wheres <= scales, measured >= archs
+    few = min(((n, seeds[where[0]]) for _,n,where in points if exact and n < seeds[where[0]]), default=None)
+    if exact and complete and not few: return at_scale.get(found, found) + part
+    if claim.kind == "best" and found != "holds" and not complete: return "not measured"   # a larger may be missing
+    networks = "" if complete else f", {len(measured)} stand-in{'s'*(len(measured) != 1)}"
+    if not complete and measured & archs: networks = f", {len(measured & archs)} of {len(archs)} networks"
+    return f"{found}{part} on {_in_words(wheres)}{networks}" + (", {} of {} seeds".format(*few) if few else "")
 
 # %% ../nbs/12_claims.ipynb #55650be1
 def _number(v): return f"{v:.3f}" if 0 < abs(v) < 1 else f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.1f}"
 
 def _measured(items):
-    "The measured number, or the range over networks, with half of the (longest) 95% interval."
+    "The measured number, or the range over networks, ± half of the (longest) 95% interval."
     values = [i.value for i in items]
     halves = [np.diff(i.ends or interval(i.value, i.se, i.df))[0]/2 for i in items]
     error = max((h for h in halves if np.isfinite(h)), default=0)
@@ -250,7 +257,7 @@ def _measured(items):
 
 # %% ../nbs/12_claims.ipynb #719093aa
 def needs(claim:Claim) -> str:
-    "Which runs a claim asks for."
+    "The runs that a claim asks for."
     _, scales, seeds = scale_of(claim)
     where = " and ".join(f"{i} for {e} epochs, {seeds[i]} seeds" for i,e,_ in sorted(scales))
     return f"{'; '.join(claim.runs)} on {where}"
@@ -258,15 +265,15 @@ def needs(claim:Claim) -> str:
 AUTHORS = dict(frankle="", henriksboe="Henriksboe, ", dauphin="Dauphin and Cubuk, ")
 
 def _row(claim, items, first):
-    "A line of the ledger. `first`: what is measured, to the first claim about it."
-    came, exact = verdict(claim, items), claim.kind in EXACT
-    if came == "not measured": items = []
+    "A row of the ledger. `first` maps each measurement to the first claim about it, and is extended here."
+    found, exact = verdict(claim, items), claim.kind in EXACT
+    if found == "not measured": items = []
     seeds = sorted({i.n for i in items if not exact})
     same = first.setdefault((claim.kind, claim.runs, claim.on, claim.column, claim.of, claim.rates), claim.id)
     return {"id": claim.id, "place": AUTHORS[claim.paper] + claim.place, "claim": claim.text, "paper": claim.says,
             "measured": _measured(items) if items else "",
             "n": "-".join(map(str, dict.fromkeys([*seeds[:1], *seeds[-1:]]))),
-            "verdict": came, "needs": "" if items else needs(claim), "kind": "count" if exact else "finding",
+            "verdict": found, "needs": "" if items else needs(claim), "kind": "count" if exact else "finding",
             "same_as": "" if same == claim.id else same}
 
 # %% ../nbs/12_claims.ipynb #1088e1c8
@@ -274,9 +281,9 @@ def ledger(runs:pd.DataFrame,              # as `gather` gives it
            claims:Iterable[Claim]=CLAIMS
           ) -> pd.DataFrame:               # one row a claim
     "Every claim beside what was measured, and its verdict."
-    own, first = single_recipe(runs, FREE) if len(runs) else runs, {}
-    # a method of 11_regularization is a recipe of its own
-    return pd.DataFrame([_row(c, MEASURES[c.kind](runs if c.on else own, c), first) for c in claims])
+    one_recipe, first = single_recipe(runs, FREE) if len(runs) else runs, {}
+    # the methods of 11_regularization differ in the recipe, so their claims are measured on all runs
+    return pd.DataFrame([_row(c, MEASURES[c.kind](runs if c.on else one_recipe, c), first) for c in claims])
 
 # %% ../nbs/12_claims.ipynb #48c882d4
 ORDER = "not reproduced", "does not hold", "undecided", "holds", "reproduced", "not measured"   # the strictest first
@@ -291,16 +298,16 @@ def once(table:pd.DataFrame   # as `ledger` gives it
 # %% ../nbs/12_claims.ipynb #a9e0c196
 def tally(table:pd.DataFrame   # as `ledger` gives it
          ) -> str:
-    "How many counts and how many findings came to which verdict, in a sentence's words."
-    said, rows = [], once(table)
+    "How many counts and how many findings got which verdict, in words."
+    parts, rows = [], once(table)
     words_of = dict(count={"reproduced": "right", "not reproduced": "wrong"}, finding={v: v for v in reversed(ORDER)})
     for kind,names in words_of.items():
-        own = rows[rows.kind == kind]
-        found = own.came.value_counts()
+        of_kind = rows[rows.kind == kind]
+        found = of_kind.came.value_counts()
         words = ", ".join(f"{found[v]} {name}" for v,name in names.items() if found.get(v, 0))
-        if len(own): said.append(f"{len(own)} {kind}{'s'*(len(own) != 1)}: {words}")
+        if len(of_kind): parts.append(f"{len(of_kind)} {kind}{'s'*(len(of_kind) != 1)}: {words}")
     elsewhere = sorted(set(table.verdict.str.extract(r" on ([^,]+), ")[0].dropna()))
-    return "; ".join(said) + (f" (measured on {' and '.join(elsewhere)})" if elsewhere else "")
+    return "; ".join(parts) + (f" (measured on {' and '.join(elsewhere)})" if elsewhere else "")
 
 # %% ../nbs/12_claims.ipynb #195c335c
 def claims_of(study:str) -> list:   # of Claim

@@ -30,12 +30,13 @@ from .train import prepare
 @lru_cache(16)
 def layout(arch:str, num_classes:int, in_channels:int, policy:str
           ) -> dict:   # vector to {name in the network: shape}
-    "What training moves in a network, by vector, without drawing a number."
-    model, moving, tokens = build(arch, num_classes, in_channels), moving_roles(policy), dict(parse_policy(policy))
-    vectors, k, found = {}, tokens.get("random") or tokens.get("scattered"), roles(model)
+    "Names and shapes of the trained state of a network, by vector."
+    model, tokens = build(arch, num_classes, in_channels), dict(parse_policy(policy))
+    trained, role_of, k = moving_roles(policy), roles(model), tokens.get("random") or tokens.get("scattered")
+    vectors = {}
     for name,t in model.state_dict().items():
-        role, (module, _, kind), shape = found.get(name, "bn"), name.rpartition("."), tuple(t.shape)
-        if name in found and role not in moving:
+        role, (module, _, kind), shape = role_of.get(name, "bn"), name.rpartition("."), tuple(t.shape)
+        if name in role_of and role not in trained:
             if not k or role not in ("conv", "shortcut") or kind != "weight": continue
             name, kind, shape = f"{module}.parametrizations.weight.original", "entries", (min(k, t[0].numel())*len(t),)
         vectors.setdefault(f"{role}.{kind}", {})[name] = shape
@@ -44,25 +45,29 @@ def layout(arch:str, num_classes:int, in_channels:int, policy:str
 # %% ../nbs/09_portable.ipynb #e9afba76
 def pack(tensors:dict, plan:dict) -> dict:   # name to tensor; as `layout` gives it -> vector to tensor
     "Join tensors to vectors."
-    return {v: torch.cat([tensors[n].detach().cpu().flatten() for n in names]) for v,names in plan.items()}
+    def flat(name): return tensors[name].detach().cpu().flatten()
+    return {vector: torch.cat([flat(n) for n in shapes]) for vector,shapes in plan.items()}
 
-def unpack(vectors:dict, plan:dict) -> dict:   # the inverse
-    "Cut vectors into tensors."
-    parts = lambda v: zip(plan[v].items(), vectors[v].split([math.prod(s) for s in plan[v].values()]))
-    return {n: part.view(shape) for v in plan for (n,shape),part in parts(v)}
+def unpack(vectors:dict, plan:dict) -> dict:   # as `pack` gives it; as `layout` gives it -> name to tensor
+    "Cut vectors into tensors, the inverse of `pack`."
+    tensors = {}
+    for vector,shapes in plan.items():
+        parts = vectors[vector].split([math.prod(s) for s in shapes.values()])
+        tensors |= {n: part.view(shape) for (n,shape),part in zip(shapes.items(), parts)}
+    return tensors
 
 # %% ../nbs/09_portable.ipynb #c20134c9
 def features(model:nn.Module) -> str:
-    "A digest of every parameter of a network as its seed drew it."
+    "The digest of every parameter of a network, as its seed drew it."
     return digest_tensors(dict(model.named_parameters()))
 
 # %% ../nbs/09_portable.ipynb #1ace1b59
 _FORMAT = "bnonly-portable-1"
-_FAMILIES = "cifar", "wide", "imagenet", "vgg"   # what a file may name
-_MADE = "arch", "num_classes", "in_channels", "init", "bn_init", "seed"   # what it says of them
+_FAMILIES = "cifar", "wide", "imagenet", "vgg"   # that a file may name
+_MADE = "arch", "num_classes", "in_channels", "init", "bn_init", "seed"   # how a network was made
 
 def portable_metadata(model) -> dict:   # name to string
-    "What a file says of a network: how to make it, what moved, and how it computes."
+    "The metadata of a file: how to make the network, what is trained, and in which arithmetic."
     made = {k: str(model.made[k]) for k in _MADE}
     tools = dict(bnonly=__version__, **{p: version(p) for p in ("torch", "numpy")})
     policy = "+".join(f"{t}{k or ''}" for t,k in parse_policy(model.frozen["policy"]))
@@ -70,13 +75,13 @@ def portable_metadata(model) -> dict:   # name to string
                 compute=getattr(model, "prepared", "plain"), versions=json.dumps(tools))
 
 # %% ../nbs/09_portable.ipynb #8f70f00c
-def _alike(model, fresh, arch):
-    "Refuse a network that was changed after `create_model`."
+def _check_unchanged(model, fresh, arch):
+    "`ValueError` for a network that was changed after `create_model`."
     def lines(m): return str(m).splitlines(), [f"{n} {tuple(t.shape)} {t.dtype}" for n,t in m.state_dict().items()]
     for ours,theirs in zip(lines(model), lines(fresh)):
-        odd = next(((a or b).strip() for a,b in zip_longest(ours, theirs) if a != b), None)
-        if odd:
-            raise ValueError(f"{odd!r} is not what create_model makes of {arch}; "
+        different = next(((a or b).strip() for a,b in zip_longest(ours, theirs) if a != b), None)
+        if different:
+            raise ValueError(f"{different!r} is not what create_model makes of {arch}; "
                              "a network that was changed needs a full checkpoint.")
 
 # %% ../nbs/09_portable.ipynb #4f9ebe2b
@@ -84,7 +89,7 @@ def save_portable(spec_or_model,          # the spec of a finished run, or a net
                   path:Path,              # of the file, e.g. 'digits.safetensors'
                   study:str="scratch"     # the folder under runs/ that keeps the record of a spec
                  ) -> Path:
-    "Keep a trained network as its seed and what moved; `ValueError` where that would not be the whole of it."
+    "Save a trained network as its seed and its trained state; `ValueError` where these are not all of it."
     model = restore(spec_or_model, study) if isinstance(spec_or_model, Spec) else spec_or_model
     if not (hasattr(model, "made") and hasattr(model, "frozen")):
         raise ValueError(f"a {type(model).__name__} without a seed cannot be saved by its seed; "
@@ -100,13 +105,13 @@ def save_portable(spec_or_model,          # the spec of a finished run, or a net
     metadata["features"] = features(fresh)
     fresh = freeze(fresh, model.frozen["policy"], model.frozen["seed"])
     plan = layout(*(model.made[k] for k in ("arch", "num_classes", "in_channels")), metadata["policy"])
-    _alike(model, fresh, metadata["arch"])
+    _check_unchanged(model, fresh, metadata["arch"])
     for (n,p),(_,q) in zip(model.named_parameters(), fresh.named_parameters()):
         if not q.requires_grad and not torch.equal(p.cpu(), q):
             raise ValueError(f"{n} is frozen and yet not what its seed draws; such a network needs a full checkpoint.")
     vectors = pack(trained_state(model), plan)
-    if odd := [v for v,t in vectors.items() if not t.isfinite().all()]:
-        raise ValueError(f"{odd[0]} holds numbers that are not finite; a diverged network is not kept.")
+    if not_finite := [v for v,t in vectors.items() if not t.isfinite().all()]:
+        raise ValueError(f"{not_finite[0]} holds numbers that are not finite; a diverged network is not kept.")
     return write(path, serialize(metadata, vectors))
 
 # %% ../nbs/09_portable.ipynb #80c6f8e7
@@ -116,7 +121,7 @@ _MOST = dict(num_classes=100_000, in_channels=1000, seed=2**63-1, entries=2**63-
 
 def origin(metadata:dict   # as `save_portable` wrote it
           ) -> dict:       # arguments of `create_model`, policy, entries, compute
-    "What a file says of its network, every value checked."
+    "How to make the network of a file, every value checked."
     check_fields(metadata, _FIELDS)
     choose("format", metadata["format"], [_FORMAT])
     choose("compute", metadata["compute"], ["plain", "float32", "bfloat16", "float16"])
@@ -138,20 +143,21 @@ def count_parameters(arch:str, num_classes:int, in_channels:int) -> int:
     return sum(p.numel() for p in build(arch, num_classes, in_channels).parameters())
 
 def lengths(*made) -> dict:   # made: as `layout` takes it; name of a vector to its shape and dtype
-    "What the vectors of a file must be."
-    kind = lambda v: torch.int64 if v.endswith("num_batches_tracked") else torch.float32
-    return {v: ([sum(map(math.prod, names.values()))], kind(v)) for v,names in layout(*made).items()}
+    "The shape and dtype that each vector of a file must have."
+    def dtype(vector): return torch.int64 if vector.endswith("num_batches_tracked") else torch.float32
+    return {v: ([sum(map(math.prod, shapes.values()))], dtype(v)) for v,shapes in layout(*made).items()}
 
-def _plan(metadata, limit):
+def _expected(metadata, limit):
+    "The vectors that a file must hold by its metadata."
     made = origin(metadata)
     shape = made["arch"], made["num_classes"], made["in_channels"]
-    if (n := count_parameters(*shape)) > limit:
-        raise ValueError(f"{made['arch']} has {n:,} parameters, and the limit is {limit:,}")
+    if (size := count_parameters(*shape)) > limit:
+        raise ValueError(f"{made['arch']} has {size:,} parameters, and the limit is {limit:,}")
     return lengths(*shape, made["policy"])
 
 def read(path:Path, limit:int=LIMIT) -> tuple:   # (metadata, origin, vectors)
-    "What a portable file holds, checked; `ValueError` for one that is damaged or lies."
-    metadata, vectors = read_sealed(path, "portable network", lambda metadata: _plan(metadata, limit))
+    "The checked content of a portable file; `ValueError` for one that is damaged or lies."
+    metadata, vectors = read_sealed(path, "portable network", lambda metadata: _expected(metadata, limit))
     return metadata, origin(metadata), vectors
 
 # %% ../nbs/09_portable.ipynb #bf0c9890
@@ -159,7 +165,7 @@ def load_portable(path:Path,          # as `save_portable` wrote it
                   device=None,        # default: the CPU
                   limit:int=LIMIT     # parameters of the largest network to build; n of them take about 5n bytes
                  ) -> nn.Module:      # ready, in evaluation mode
-    "Rebuild a network from its seed and what moved; `ValueError` for a damaged file, or a seed that draws others here."
+    "Rebuild a saved network; `ValueError` for a damaged file, or where its seed draws other features."
     metadata, made, vectors = read(path, limit)
     model = create_model(**{k: made[k] for k in _MADE})
     if features(model) != metadata["features"]:
@@ -176,7 +182,7 @@ def load_portable(path:Path,          # as `save_portable` wrote it
 def file_size(arch:str,            # e.g. 'resnet866'
               num_classes:int=10
              ) -> tuple:           # (bytes of the portable file, bytes of all its numbers)
-    "How much room a network takes as a seed and what `bn` moves, and in full."
+    "The size of a network as a seed and what `bn` trains, and in full."
     model = build(arch, num_classes)
     model.made = dict(arch=arch, num_classes=num_classes, in_channels=3, init=INITS[0], bn_init=BN_INITS[0], seed=0)
     model.frozen = dict(policy="bn", seed=0)
@@ -186,7 +192,7 @@ def file_size(arch:str,            # e.g. 'resnet866'
 
 # %% ../nbs/09_portable.ipynb #c83c8bfd
 class Tasks(Shelf):
-    "One random network, and what each of several tasks trained of it: a `Shelf` of portable files."
+    "One random network, and the trained state of each of several tasks: a `Shelf` of portable files."
     item = "task"
 
     def __init__(self, files:dict, device=None):   # name of a task to its portable file
