@@ -427,7 +427,7 @@ def presets() -> list[str]:
 def section(name:str,              # of settings.ini
             file:Path|None=None    # settings.ini elsewhere
            ) -> dict:              # a field of `Spec` to its values, and 'grid' to its lines
-    "What settings.ini says of a study, each ${NAME} replaced by its value in [DEFAULT]; `ValueError` for a NAME without one."
+    "What settings.ini says of a study, each ${NAME} replaced from [DEFAULT]; `ValueError` for one it lacks."
     ini = _settings(file)
     try: found = dict(ini[choose("study", name, ini.sections())])
     except InterpolationMissingOptionError as e: choose("list", e.reference, ini.defaults())

@@ -320,12 +320,14 @@ def test_a_section_may_have_a_comment_behind_its_name(tmp_path, monkeypatch):
 
 
 def test_lists_that_are_said_once_are_written_out_in_a_report(tmp_path, monkeypatch):
-    "What several studies share stands in [DEFAULT]; a field that stands there is every study's, a list of values none's."
-    text = "[DEFAULT]\nepochs = 3\nsmall = resnet8,resnet14\n[mini]\narch = ${small}\ngrid =\n    seed=0,1\n[odd]\narch = ${"
+    "What several studies share stands in [DEFAULT]: a field there is every study's, a list of values none's."
+    text = ("[DEFAULT]\nepochs = 3\nsmall = resnet8,resnet14\n[mini]\narch = ${small}\ngrid =\n    seed=0,1\n"
+            "[odd]\narch = ${")
     (tmp_path / "settings.ini").write_text(text + "smal}\n")
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
     monkeypatch.chdir(tmp_path)
-    assert settings("mini").splitlines() == ["[mini]", "arch = resnet8,resnet14", "grid =", "    seed=0,1", "epochs = 3"]
+    said = ["[mini]", "arch = resnet8,resnet14", "grid =", "    seed=0,1", "epochs = 3"]
+    assert settings("mini").splitlines() == said
     assert presets() == ["mini", "odd"] and len(preset("mini")) == 4 and {s.epochs for s in preset("mini")} == {3}
     with pytest.raises(ValueError, match="list 'smal' is not one of .*; the nearest is 'small'"): preset("odd")
     (tmp_path / "settings.ini").write_text(text)
