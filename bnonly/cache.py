@@ -31,10 +31,10 @@ def stamp(source: Path) -> str:
     if source.is_file(): return f"{source.stat().st_size} {int(source.stat().st_mtime)}"
     sha = hashlib.sha256()
     for path in walk(source):
-        try: told = os.stat(path)
+        try: status = os.stat(path)
         except OSError: continue   # a link to nothing
         sha.update(os.fsencode(os.path.relpath(path, source)))
-        sha.update(f" {told.st_size} {told.st_mtime_ns} {told.st_ctime_ns}\n".encode())
+        sha.update(f" {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
     return sha.hexdigest()[:32]
 
 
@@ -69,9 +69,9 @@ def read_cache(file: Path, folder: Path, digest: Callable, first: str | None = N
     if not file.exists(): return None
     try:
         with safe_open(file, "pt") as f:
-            about, told = json.loads(f.metadata()["about"]), f.metadata()["seal"]
+            about, sealed = json.loads(f.metadata()["about"]), f.metadata()["seal"]
             tensors = {k: f.get_tensor(k) for k in f.keys()}
-        if (digest(tensors), _seal(about)) != (about["digest"], told): raise ValueError
+        if (digest(tensors), _seal(about)) != (about["digest"], sealed): raise ValueError
         source = folder/about["source"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return warnings.warn(f"{file} is cut off or was edited; it is built again from its source.")

@@ -248,12 +248,12 @@ def _number(v): return f"{v:.3f}" if 0 < abs(v) < 1 else f"{v:,.0f}" if abs(v) >
 
 def _measured(items):
     "The measured number, or the range over networks, ± half of the (longest) 95% interval."
-    values = [i.value for i in items]
+    low, high = (_number(end(i.value for i in items)) for end in (min, max))
     halves = [np.diff(i.ends or interval(i.value, i.se, i.df))[0]/2 for i in items]
     error = max((h for h in halves if np.isfinite(h)), default=0)
-    if len(items) == 1: return _number(values[0]) + (f" ± {_number(error)}" if error else "")
+    if len(items) == 1: return low + (f" ± {_number(error)}" if error else "")
     spread = f" (each ± {_number(error)} or less)" if error else ""
-    return f"{_number(min(values))} to {_number(max(values))}{spread}"
+    return (low if low == high else f"{low} to {high}") + spread
 
 # %% ../nbs/12_claims.ipynb #719093aa
 def needs(claim:Claim) -> str:

@@ -29,8 +29,8 @@ def fetch(url: str, file: Path, timeout: float = 30) -> Path:
     "The content of an address as a file; `OSError` or `HTTPException` where it does not come, or ends early."
     with urlopen(Request(url, headers={"User-Agent": "bnonly"}), timeout=timeout) as answer, open(file, "wb") as f:
         shutil.copyfileobj(answer, f, 2**20)
-        told, came = answer.headers.get("Content-Length"), f.tell()
-    if told and told.isdecimal() and int(told) != came: raise OSError(f"ended after {came:,} of {int(told):,} bytes")
+        size, came = answer.headers.get("Content-Length"), f.tell()
+    if size and size.isdecimal() and int(size) != came: raise OSError(f"ended after {came:,} of {int(size):,} bytes")
     return file
 
 

@@ -84,8 +84,8 @@ def kept(folder:Path) -> bool:
     "Whether a run's notebook is there, as it was written, and belongs to its record."
     try:
         executed = read_json(folder/"train.ipynb")
-        told = executed["metadata"].pop("bnonly")
-        return told == dict(record=load_record(folder)["seal"], digest=_digest(executed))
+        stamp = executed["metadata"].pop("bnonly")
+        return stamp == dict(record=load_record(folder)["seal"], digest=_digest(executed))
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return False
 
 

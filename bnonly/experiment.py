@@ -182,7 +182,7 @@ def _coerce(field, value):
         if value is None or isinstance(value, bool): raise ValueError
         if field.type is int and not isinstance(value, str) and int(value) != value: raise ValueError
         return field.type(value) or field.type()   # -0.0 is 0.0
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):   # RuntimeError: a tensor without data
         kind = {int: "an int", float: "a number", str: "a name"}[field.type]
         raise ValueError(f"{field.name} {value!r} is not {kind}; the default is {field.default!r}.") from None
 

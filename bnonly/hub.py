@@ -65,8 +65,9 @@ The delta is a safetensors file: no pickle, no code.
 """
 
 
-def _check_repo(hub, repo):
-    hub.utils.validate_repo_id(repo)   # a `ValueError`, in one sentence
+def _check_repo(repo):
+    from huggingface_hub.utils import validate_repo_id
+    validate_repo_id(repo)   # a `ValueError`, in one sentence
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo, re.ASCII):
         raise ValueError(f"repo {repo[:80]!r} is not whose it is and its name, e.g. 'you/birds'.")
 
@@ -86,7 +87,7 @@ def model_card(model: nn.Module,   # frozen, as it was trained
                ) -> str:
     "The card of a delta, in Markdown; `ValueError` for what nobody could have measured."
     hub, how, inside = _hub(), frozen_as(model), unwrapped(model)
-    _check_repo(hub, repo)
+    _check_repo(repo)
     if not str(data).strip() or len(str(data)) > _LONGEST:
         raise ValueError(f"data {str(data)[:40]!r} is not a description of 1 to {_LONGEST} characters.")
     if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
@@ -136,7 +137,7 @@ def pull_delta(repo: str,
                ) -> Path:                      # of the file, for `load_delta`
     "Fetch a delta from the Hub; `ValueError` where there is none, or what is there is too large or no delta."
     hub, at = _hub(), dict(revision=revision, endpoint=_endpoint())
-    _check_repo(hub, repo)
+    _check_repo(repo)
     try:
         found = hub.get_hf_file_metadata(hub.hf_hub_url(repo, FILE, **at), token=token, endpoint=_endpoint())
         if not 0 < (found.size or 0) <= LARGEST:

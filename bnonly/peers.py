@@ -228,9 +228,9 @@ def worker(candidate, *folder):
     images, out, sys.stdout = noise(), sys.stdout, sys.stderr
     with tempfile.TemporaryDirectory() as tempfile.tempdir:
         for line in sys.stdin:
-            told = json.loads(line)
-            if isinstance(told, list): steps = CANDIDATES[candidate](*told, *images, *folder)
-            else: print(json.dumps(seconds_of(steps(told + WARM_UP))), file=out, flush=True)
+            request = json.loads(line)
+            if isinstance(request, list): steps = CANDIDATES[candidate](*request, *images, *folder)
+            else: print(json.dumps(seconds_of(steps(request + WARM_UP))), file=out, flush=True)
 
 
 def seconds_of(ends:list) -> list:
@@ -244,7 +244,8 @@ class Process:
     def __init__(self, *args):
         code = f"from bnonly.peers import worker; worker(*{args!r})"
         self.name, pipe = args[0], subprocess.PIPE
-        self.pipe = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True,
+        command = [sys.executable, "-W", "ignore::FutureWarning", "-c", code]   # fastai 2.8 decorates with jit.script
+        self.pipe = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True,
                                      start_new_session=True)   # Ctrl-C reaches the parent alone, which ends it
 
     def tell(self, what): print(json.dumps(what), file=self.pipe.stdin, flush=True)

@@ -30,8 +30,8 @@ def alike(policy:str) -> str:   # all, random2, bn or output
 
 def measured_steps() -> pd.DataFrame:   # arch, policy, milliseconds_per_image, processor, and what `arch` says
     "The measured steps."
-    told = json.loads((root()/"runs/bench/cpu,avx512_fp16,steps.json").read_bytes())
-    table = pd.DataFrame(told["rows"]).assign(processor=told["machine"]["processor"])
+    benchmark = json.loads((root()/"runs/bench/cpu,avx512_fp16,steps.json").read_bytes())
+    table = pd.DataFrame(benchmark["rows"]).assign(processor=benchmark["machine"]["processor"])
     return table.assign(**pd.DataFrame([parse_arch(a)._asdict() for a in table.arch]))
 
 

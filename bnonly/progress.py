@@ -36,8 +36,8 @@ class EpochLines(Callback):
         keeper, epoch = getattr(self.learn, "checkpointer", None), log[0] + 1
         done = keeper.done if keeper else 0
         if epoch <= done or rank_distrib(): return
-        told = dict(zip(self.recorder.metric_names[:-1], log))
-        reached = f", accuracy {100*told['accuracy']:.1f}%" if len(told) > 3 else ""
+        values = dict(zip(self.recorder.metric_names[:-1], log))
+        reached = f", accuracy {100*values['accuracy']:.1f}%" if len(values) > 3 else ""
         left = (time.monotonic() - self.begun) / (epoch - done) * (self.n_epoch - epoch)
         logger.info("%s: epoch %d/%d%s, %.1f min left", self.run_name, epoch, self.n_epoch, reached, left/60)
 

@@ -210,7 +210,7 @@ def read_mat(folder: Path, part: str) -> Part:
     "A split of SVHN, 'train' or 'test'. torchvision makes the class 10 a 0."
     from torchvision import datasets
     from torchvision.datasets.utils import check_integrity
-    class Reader(datasets.SVHN): split_list = {k: [*told[:2], None] for k, told in datasets.SVHN.split_list.items()}
+    class Reader(datasets.SVHN): split_list = {k: [*entry[:2], None] for k, entry in datasets.SVHN.split_list.items()}
     _, name, md5 = datasets.SVHN.split_list[part]
     if not (folder/name).exists():
         raise FileNotFoundError(f"{folder/name} is missing; put it there by "

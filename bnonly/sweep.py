@@ -30,10 +30,10 @@ def state(spec:Spec, study:str) -> str:   # complete, diverged, failed, broken o
 
 def failure(spec:Spec, study:str, what:str="traceback") -> str|None:   # what: or its one line, 'error'
     "The traceback of a run that failed."
-    try: told = read_json(run_dir(spec, study)/"failed.json")
+    try: report = read_json(run_dir(spec, study)/"failed.json")
     except FileNotFoundError: return None
     except (OSError, ValueError) as e: return f"failed.json cannot be read: {e}"
-    text = told.get(what) if isinstance(told, dict) else None
+    text = report.get(what) if isinstance(report, dict) else None
     return text if isinstance(text, str) else f"failed.json does not say its {what}"
 
 
@@ -133,8 +133,8 @@ def by_processes(todo:list, workers:int,
                  over:Callable=never    # asked about once a second whether to stop
                 ) -> Iterator:
     "Results of a task over specs, as they come, from processes of this machine; where one died, 'died' and how."
-    for spec,told in in_processes(task, todo, workers, spoilt=lambda told: told[1] == "failed", over=over):
-        yield (spec, "died", told) if isinstance(told, WorkerDied) else told
+    for spec,result in in_processes(task, todo, workers, spoilt=lambda result: result[1] == "failed", over=over):
+        yield (spec, "died", result) if isinstance(result, WorkerDied) else result
 
 
 def by_ray(todo:list, workers:int, task,
@@ -162,11 +162,11 @@ def by_ray(todo:list, workers:int, task,
     while waiting and not over():
         for ready in ray.wait([*waiting], timeout=1)[0]:
             spec = waiting.pop(ready)
-            try: told = ray.get(ready)
+            try: result = ray.get(ready)
             except NodeDiedError: waiting[start(spec)] = spec; continue
             except (WorkerCrashedError, OutOfMemoryError) as e:
-                told = spec, "died", WorkerDied(f"its process died, and Ray raised {type(e).__name__}", str(e))
-            yield told
+                result = spec, "died", WorkerDied(f"its process died, and Ray raised {type(e).__name__}", str(e))
+            yield result
     for left in waiting: ray.cancel(left, force=True)
 
 
@@ -209,17 +209,17 @@ def outcomes(study:str, todo:list,
             yield outcome
         taken, again = {s for s in todo if s in ended or held(s, study)}, []
         with closing(run([s for s in todo if s not in taken])) as results:
-            for spec,how,told in results:
+            for spec,how,detail in results:
                 if how == "died" and spec not in tried:
                     tried.add(spec); again.append(spec)
-                    say(f"{spec.key}: {told}; it is tried once more")
-                    if told.words: print(f"\n{told.words}", file=sys.stderr)
+                    say(f"{spec.key}: {detail}; it is tried once more")
+                    if detail.words: print(f"\n{detail.words}", file=sys.stderr)
                     continue
                 if how == "died":
-                    ended[spec] = told
-                    spec, how, told = died(spec, study, told)
+                    ended[spec] = detail
+                    spec, how, detail = died(spec, study, detail)
                 if how == "taken": taken.add(spec)
-                else: yield spec, how, told
+                else: yield spec, how, detail
         if taken and not again and not over(): time.sleep(pause)
         todo = again + [s for s in todo if s in taken]
 
@@ -239,8 +239,8 @@ def sweep(study:str,                      # a section of settings.ini, or a fold
     failed = {s.key: _broken(s, study) for s in specs if state(s, study) == "broken"}
     todo, workers = unfinished(study, specs), workers or cores
     # OpenMP knows '4,2' as well: the first counts
-    told = re.match(r"\s*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))
-    threads = int(told[1]) if told else max(1, cores//min(workers, max(1, len(todo))))
+    setting = re.match(r"\s*([1-9]\d*)", os.environ.get("OMP_NUM_THREADS", ""))
+    threads = int(setting[1]) if setting else max(1, cores//min(workers, max(1, len(todo))))
     task = partial(train_one, study=study, threads=threads, after=after)
     over = after_hours(hours) if hours else never
     if hours: run = partial(run, over=over)

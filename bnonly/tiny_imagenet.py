@@ -48,16 +48,16 @@ def training_files(home: Path, wnids: list) -> tuple[list, list]:
 def labelled_files(home: Path, wnids: list) -> tuple[list, list]:
     "The paths of val's images in the order of their names, and their labels."
     table = home/"val"/"val_annotations.txt"
-    number, told = {w: y for y, w in enumerate(wnids)}, {}
+    number, labels = {w: y for y, w in enumerate(wnids)}, {}
     for name, *rest in lines(table):
         if not rest or rest[0] not in number: raise BrokenData(f"{table} gives {name} no class of wnids.txt; {AGAIN}.")
-        told[name] = number[rest[0]]
+        labels[name] = number[rest[0]]
     folder = home/"val"/"images"
     found = {Path(p).name: p for p in walk(folder) if p.lower().endswith(SUFFIXES)} if folder.is_dir() else {}
-    if odd := sorted(found.keys() ^ told.keys()):
+    if odd := sorted(found.keys() ^ labels.keys()):
         raise BrokenData(f"{folder/odd[0]} is {'not in ' + table.name if odd[0] in found else 'missing'}; {AGAIN}.")
     if not found: raise BrokenData(f"{folder} has no images; {AGAIN}.")
-    return [found[n] for n in sorted(found)], [told[n] for n in sorted(found)]
+    return [found[n] for n in sorted(found)], [labels[n] for n in sorted(found)]
 
 
 def decode(paths: list) -> np.ndarray:

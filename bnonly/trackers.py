@@ -29,9 +29,9 @@ class Tracker(Callback):
     def after_epoch(self):
         if self.epoch < self.checkpointer.done: return   # it was sent before the run was cut off
         for step, loss in self.losses: self.send(step, dict(train_loss=float(loss)))
-        told = zip(self.recorder.metric_names[2:-1], self.recorder.log[2:-1])
+        values = zip(self.recorder.metric_names[2:-1], self.recorder.log[2:-1])
         rates = {f"lr_{i}": h["lr"] for i, h in enumerate(self.opt.hypers)}
-        self.send(self.train_iter, dict(epoch=self.epoch + 1, **dict(told), **rates))
+        self.send(self.train_iter, dict(epoch=self.epoch + 1, **dict(values), **rates))
         self.losses = []
 
 

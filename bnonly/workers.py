@@ -28,9 +28,9 @@ def own_cores() -> int:
     return min([cores, *map(math.ceil, quotas())])
 
 
-def quotas(told="/proc/self/cgroup", root="/sys/fs/cgroup") -> list[float]:
+def quotas(cgroups="/proc/self/cgroup", root="/sys/fs/cgroup") -> list[float]:
     "What each control group of this process allows it, in cores; a group has no more than those above it."
-    try: groups = [line.split(":", 2) for line in Path(told).read_text().splitlines()]
+    try: groups = [line.split(":", 2) for line in Path(cgroups).read_text().splitlines()]
     except OSError: return []
     found = []
     for _, kinds, path in groups:

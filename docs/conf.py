@@ -42,8 +42,8 @@ def beside(obj) -> list[str]:
     from fastcore.docments import docments
     try: found = docments(obj, returns=True)
     except (TypeError, ValueError, OSError, AttributeError, SyntaxError): return []   # not of Python's source
-    told = {n: c for n, c in found.items() if isinstance(c, str) and n != "self"}
-    return ["", *(f":returns: {c}" if n == "return" else f":param {n}: {c}" for n, c in told.items())]
+    comments_of = {n: c for n, c in found.items() if isinstance(c, str) and n != "self"}
+    return ["", *(f":returns: {c}" if n == "return" else f":param {n}: {c}" for n, c in comments_of.items())]
 
 
 def docstring(app, what, name, obj, options, lines):

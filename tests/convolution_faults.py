@@ -216,17 +216,17 @@ def main():
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker: return work(args.through, args.tolerance)
-    version, told = torch.__config__.show().partition("MKL-DNN v")[2].split(" ")[0], {}
+    version, by_isa = torch.__config__.show().partition("MKL-DNN v")[2].split(" ")[0], {}
     print(f"PyTorch {torch.__version__}, oneDNN {version}, {args.through}, seed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         library = compiled(folder)
         for isa in args.isa:
-            told[isa] = search(sample(args.cases, args.seed), isa, args.through, library, tolerance=args.tolerance)
-            kinds = collections.Counter((p, kind) for _, faults in told[isa] for p, kind, _ in faults)
+            by_isa[isa] = search(sample(args.cases, args.seed), isa, args.through, library, tolerance=args.tolerance)
+            kinds = collections.Counter((p, kind) for _, faults in by_isa[isa] for p, kind, _ in faults)
             counts = ", ".join(f"{name} {kind}: {n}" for (name, kind), n in sorted(kinds.items()))
             print(f"{isa}: {args.cases} cases, {counts or 'no fault'}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps({isa: [(c._asdict(), faults) for c, faults in l] for isa, l in told.items()}))
+        args.json.write_text(json.dumps({isa: [(c._asdict(), faults) for c, faults in l] for isa, l in by_isa.items()}))
 
 
 if __name__ == "__main__": main()

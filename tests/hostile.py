@@ -53,33 +53,33 @@ def joined(header, data):
     return len(text).to_bytes(PREFIX, "little") + text + data
 
 
-def unsealed(told):
-    return {k: v for k, v in told.items() if k != "digest"}
+def unsealed(metadata):
+    return {k: v for k, v in metadata.items() if k != "digest"}
 
 
-def truncated(rng, good, told, vectors):
+def truncated(rng, good, metadata, vectors):
     return good[:rng.randrange(len(good))]
 
 
-def flipped(rng, good, told, vectors):
+def flipped(rng, good, metadata, vectors):
     odd = bytearray(good)
     for _ in range(rng.choice([1, 1, 1, 2, 8])):
         odd[rng.randrange(len(odd))] ^= 1 << rng.randrange(8)
     return bytes(odd)
 
 
-def grown(rng, good, told, vectors):
+def grown(rng, good, metadata, vectors):
     return good + rng.randbytes(rng.randrange(1, 99)) if rng.random() < .5 else rng.randbytes(rng.randrange(2000))
 
 
-def claimed(rng, good, told, vectors):
+def claimed(rng, good, metadata, vectors):
     return (
         rng.choice([2**16 + 1, 2**31, 2**40, 2**63, 2**64 - 1, rng.randrange(2**64)]).to_bytes(PREFIX, "little")
         + good[PREFIX:]
     )
 
 
-def header_lied(rng, good, told, vectors):
+def header_lied(rng, good, metadata, vectors):
     "Shapes, types, offsets, names."
     header, data = parts(good)
     name = rng.choice([k for k in header if k != "__metadata__"])
@@ -107,20 +107,20 @@ def header_lied(rng, good, told, vectors):
     return joined(header, data)
 
 
-def metadata_lied(rng, good, told, vectors):
+def metadata_lied(rng, good, metadata, vectors):
     "Any field missing, unknown, of another type or size; sealed as if it were true."
-    told, what = dict(told), rng.choice(["value", "value", "value", "drop", "more", "type"])
-    name = rng.choice([k for k in told if k not in ("versions", "digest")])
-    if what == "value": told[name] = rng.choice([v for v in LIES if v != told[name]])
-    if what == "drop": del told[name]
-    if what == "more": told[rng.choice(["code", "__class__", "x" * 999])] = rng.choice(LIES)
-    if what != "type": return serialize(unsealed(told), vectors)
+    metadata, what = dict(metadata), rng.choice(["value", "value", "value", "drop", "more", "type"])
+    name = rng.choice([k for k in metadata if k not in ("versions", "digest")])
+    if what == "value": metadata[name] = rng.choice([v for v in LIES if v != metadata[name]])
+    if what == "drop": del metadata[name]
+    if what == "more": metadata[rng.choice(["code", "__class__", "x" * 999])] = rng.choice(LIES)
+    if what != "type": return serialize(unsealed(metadata), vectors)
     header, data = parts(good)
     header["__metadata__"][name] = rng.choice([3, None, ["x"], {"a": 1}])
     return joined(header, data)
 
 
-def vectors_lied(rng, good, told, vectors):
+def vectors_lied(rng, good, metadata, vectors):
     "Other lengths, types and numbers that are none; sealed as if they were true."
     odd, name = dict(vectors), rng.choice([n for n, t in vectors.items() if t.ndim])
     what = rng.choice(["longer", "shorter", "type", "nan", "missing", "more", "matrix"])
@@ -134,7 +134,7 @@ def vectors_lied(rng, good, told, vectors):
     if what == "missing": del odd[name]
     if what == "more": odd["conv.weight"] = torch.zeros(3)
     if what == "matrix": odd[name] = odd[name][None]
-    return serialize(unsealed(told), odd)
+    return serialize(unsealed(metadata), odd)
 
 
 KINDS = truncated, flipped, grown, claimed, header_lied, metadata_lied, vectors_lied

@@ -82,7 +82,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     rows = survive(int((sys.argv + ["50"])[1]))
     hits = {h: sum(r["hit"] == h for r in rows) for h in sorted({r["hit"] for r in rows})}
-    told = dict(
+    result = dict(
         run=SPEC.key,
         kills=len(rows),
         equal=sum(r["equal"] for r in rows),
@@ -90,5 +90,5 @@ if __name__ == "__main__":
         machine=machine(torch.device("cpu")),
         rows=rows,
     )
-    file = write(Path(__file__).parents[1] / "runs/bench/survival.json", json.dumps(told, indent=1) + "\n")
-    print(f"{told['equal']} of {told['kills']} killed runs ended as if they had not been killed: {file}")
+    file = write(Path(__file__).parents[1] / "runs/bench/survival.json", json.dumps(result, indent=1) + "\n")
+    print(f"{result['equal']} of {result['kills']} killed runs ended as if they had not been killed: {file}")

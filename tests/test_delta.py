@@ -202,12 +202,12 @@ def test_two_thousand_odd_files_get_a_sentence_each_and_change_nothing(tmp_path)
     "No crash, no large allocation, and never a half-changed model."
     rng, path, model = random.Random(0), tmp_path / "odd.safetensors", Net()
     good = save_delta(trained(Net(), "norm"), path, base=BASE).read_bytes()
-    told, tensors = read_delta(path, model)
+    metadata, tensors = read_delta(path, model)
     before = whole_state(unfreeze(load_delta(path, model)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tracemalloc.start()
     for i in range(CASES):
-        path.write_bytes(KINDS[i % len(KINDS)](rng, good, told, tensors))
+        path.write_bytes(KINDS[i % len(KINDS)](rng, good, metadata, tensors))
         try: load_delta(path, model)
         except ValueError as e:
             assert (
@@ -218,7 +218,7 @@ def test_two_thousand_odd_files_get_a_sentence_each_and_change_nothing(tmp_path)
             if i % 50 < len(KINDS): assert same(before, whole_state(model)), i
         else:   # the lie was another truth: a base's name, or what this policy does not need
             assert KINDS[i % len(KINDS)] is metadata_lied
-            changed = {k for k, v in read_delta(path, model)[0].items() if v != told[k]} - {"digest"}
+            changed = {k for k, v in read_delta(path, model)[0].items() if v != metadata[k]} - {"digest"}
             assert changed <= {"base", "entries", "output", "statistics"}, changed
             unfreeze(model)
     assert same(before, whole_state(model)) and tracemalloc.get_traced_memory()[1] < 50e6
@@ -241,9 +241,9 @@ def test_what_was_read_stays_where_the_file_changes(tmp_path):
 def test_a_true_looking_file_on_a_false_base_is_refused(tmp_path):
     "Sealed by its digest, and yet of frozen numbers that are not there."
     path = save_delta(trained(Net(), "norm+output"), tmp_path / "it.safetensors", base=BASE)
-    told, tensors = read_delta(path, Net())
+    metadata, tensors = read_delta(path, Net())
     with pytest.raises(ValueError, match="another base"):
-        load_delta(write(path, serialize(unsealed(told) | dict(frozen="0" * 64), tensors)), Net())
+        load_delta(write(path, serialize(unsealed(metadata) | dict(frozen="0" * 64), tensors)), Net())
 
 
 # ---- many on one base
@@ -251,14 +251,14 @@ def test_a_true_looking_file_on_a_false_base_is_refused(tmp_path):
 def test_a_shelf_swaps_numbers_and_statistics_exactly(tmp_path):
     """Two hundred deltas in turns: each is what its file gives alone, statistics included, and no tensor of the model
     is another one."""
-    told, tensors = read_delta(save_delta(trained(Net(), "norm+output"), tmp_path / "first", base=BASE), Net())
+    header, tensors = read_delta(save_delta(trained(Net(), "norm+output"), tmp_path / "first", base=BASE), Net())
     files, alone = {}, {}
     for i in range(200):
         g = torch.Generator().manual_seed(i)
         alone[f"task {i}"] = {
             n: torch.randn(t.shape, generator=g).abs() if t.is_floating_point() else t + i for n, t in tensors.items()
         }
-        files[f"task {i}"] = write(tmp_path / f"{i}", serialize(unsealed(told), alone[f"task {i}"]))
+        files[f"task {i}"] = write(tmp_path / f"{i}", serialize(unsealed(header), alone[f"task {i}"]))
     shelf = Shelf(nn.DataParallel(Net()), files)
     model, at = shelf.model.module, {n: t.data_ptr() for n, t in shelf.model.state_dict().items()}
     before = {n: t.clone() for n, t in model.state_dict().items() if n not in tensors}

@@ -41,8 +41,8 @@ def test_every_notebook_and_module_has_a_page(site):
     modules = {f.stem for f in (ROOT / "bnonly").glob("*.py") if not f.stem.startswith("_")}
     assert {f"bnonly.{m}" for m in modules} <= {f.stem for f in (site / "docs/api").glob("*.html")}
     assert {f.stem for f in (ROOT / "nbs").glob("*.ipynb")} == {f.stem for f in (site / "nbs").glob("*.html")}
-    told = re.sub("<[^>]+>", "", (site / "docs/api/bnonly.models.html").read_text())
-    assert "create_model" in told and "resnet56" in told   # a parameter's comment
+    words = re.sub("<[^>]+>", "", (site / "docs/api/bnonly.models.html").read_text())
+    assert "create_model" in words and "resnet56" in words   # a parameter's comment
 
 
 def test_no_link_leads_nowhere(site):

@@ -105,13 +105,13 @@ def test_other_features_are_refused_in_one_sentence(good, tmp_path, monkeypatch)
 def test_two_thousand_odd_files_get_a_sentence_each(good, tmp_path, monkeypatch):
     "No crash, no network built, no large allocation: each is refused by what it says, before any feature is drawn."
     rng, path = random.Random(0), tmp_path / "odd.safetensors"
-    told, _, vectors = read(write(path, good))
+    metadata, _, vectors = read(write(path, good))
     built = []
     monkeypatch.setattr(portable, "create_model", lambda **made: built.append(made))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tracemalloc.start()
     for i in range(CASES):
-        content = KINDS[i % len(KINDS)](rng, good, told, vectors)
+        content = KINDS[i % len(KINDS)](rng, good, metadata, vectors)
         path.write_bytes(content)
         try:
             read(path)
@@ -119,10 +119,10 @@ def test_two_thousand_odd_files_get_a_sentence_each(good, tmp_path, monkeypatch)
             assert "is no portable network" in str(e) and len(str(e)) < 1000 and "\n" not in str(e), str(e)
         else:   # the lie was another truth: only a name, a seed or an initialization that exists may differ
             assert KINDS[i % len(KINDS)] in (metadata_lied,), KINDS[i % len(KINDS)].__name__
-            changed = {k for k, v in read(path)[0].items() if v != told[k]} - {"digest"}
+            changed = {k for k, v in read(path)[0].items() if v != metadata[k]} - {"digest"}
             assert (
                 changed <= {"seed", "entries", "compute", "policy"}
-                and told["policy"] == "bn"
+                and metadata["policy"] == "bn"
                 and read(path)[1]["policy"] in ("bn", "norm")
             ), changed
     assert tracemalloc.get_traced_memory()[1] < 50e6 and not built
@@ -132,9 +132,9 @@ def test_two_thousand_odd_files_get_a_sentence_each(good, tmp_path, monkeypatch)
 
 def test_a_giant_is_refused_before_it_is_built(network, tmp_path):
     "A file of a few kilobytes that names a network of terabytes."
-    told, vectors = portable.portable_metadata(network[0]) | dict(features="0" * 64), {}
+    metadata, vectors = portable.portable_metadata(network[0]) | dict(features="0" * 64), {}
     for arch in ("wrn14-9999", "wrn1994-100", "wrn14-64"):
-        content = serialize(told | dict(arch=arch, policy="none"), vectors)
+        content = serialize(metadata | dict(arch=arch, policy="none"), vectors)
         with pytest.raises(ValueError, match="parameters, and the limit is"):
             load_portable(write(tmp_path / "giant.safetensors", content))
     assert LIMIT > 177e6

@@ -296,11 +296,11 @@ def test_an_error_that_passes_at_any_call_is_waited_for(tmp_path, monkeypatch, e
 
 # Who is gone, and who is not.
 
-def elsewhere(folder, **told):
+def elsewhere(folder, **fields):
     "The lock of a process that is not on this machine, or of which less is known."
     (folder/"lock").mkdir(parents=True)
     file = folder/"lock/0123456789abcdef"
-    file.write_text(json.dumps(this_process() | dict(token=file.name, beat=1, thread=1) | told))
+    file.write_text(json.dumps(this_process() | dict(token=file.name, beat=1, thread=1) | fields))
     return file
 
 
@@ -308,7 +308,7 @@ def test_a_process_is_known_by_its_start_its_boot_and_its_space(tmp_path):
     me, gone = this_process(), subprocess.Popen(["true"])
     gone.wait()
     assert not ended(me) and ended(me | dict(start="1")) and ended(me | dict(pid=gone.pid))
-    for told in (
+    for fields in (
         dict(boot="another"),
         dict(space="pid:[1]"),
         dict(host="another"),
@@ -318,7 +318,7 @@ def test_a_process_is_known_by_its_start_its_boot_and_its_space(tmp_path):
         dict(start=None),
         dict(pid=[]),
     ):
-        assert not ended(me | dict(pid=gone.pid) | told)
+        assert not ended(me | dict(pid=gone.pid) | fields)
     zombie = subprocess.Popen(["true"])
     while started(zombie.pid) != "ended": time.sleep(.01)
     assert ended(me | dict(pid=zombie.pid, start="2"))
@@ -330,18 +330,18 @@ def test_a_process_is_known_by_its_start_its_boot_and_its_space(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("told", [dict(host="elsewhere"), dict(boot="another"), dict(space="pid:[1]")])
-def test_a_lock_from_elsewhere_lives_as_long_as_it_is_seen_to_change(tmp_path, monkeypatch, told):
+@pytest.mark.parametrize("fields", [dict(host="elsewhere"), dict(boot="another"), dict(space="pid:[1]")])
+def test_a_lock_from_elsewhere_lives_as_long_as_it_is_seen_to_change(tmp_path, monkeypatch, fields):
     "The same host name is not enough, and the file's time says nothing."
     now = [1000.]
     monkeypatch.setattr(runlock, "time", type("clock", (), dict(monotonic=lambda: now[0], sleep=time.sleep)))
     gone = subprocess.Popen(["true"])
     gone.wait()
-    file, lock = elsewhere(tmp_path, pid=gone.pid, **told), RunLock(tmp_path)
+    file, lock = elsewhere(tmp_path, pid=gone.pid, **fields), RunLock(tmp_path)
     for beat in range(40):
         os.utime(file, (beat, 0) if beat % 2 else (2**31, 2**31))
         if beat < 20:
-            file.write_text(json.dumps(this_process() | dict(token=file.name, beat=beat, pid=gone.pid) | told))
+            file.write_text(json.dumps(this_process() | dict(token=file.name, beat=beat, pid=gone.pid) | fields))
         taken = RunLock(tmp_path).take() if beat < 20 else lock.take()
         assert taken == (beat >= 19 + runlock.STALE/runlock.BEAT)
         if taken: break
@@ -414,11 +414,11 @@ def test_claims_of_older_versions_are_observed_and_odd_ones_left_out(tmp_path, m
     for n, content in enumerate(["[1]", "3", "[" * 5000]): (tmp_path/f"claim-{n}.json").write_text(content)
     os.mkfifo(tmp_path/"claim-7.json")
     (tmp_path/"claim-x.json").mkdir()
-    with pytest.warns(UserWarning, match="does not belong to a run lock; delete it") as told:
+    with pytest.warns(UserWarning, match="does not belong to a run lock; delete it") as warned:
         lock = RunLock(tmp_path)
         assert lock.take()
         lock.release()
-    assert len({str(w.message) for w in told}) == 5
+    assert len({str(w.message) for w in warned}) == 5
     old = tmp_path/"claim-8.json"
     old.write_text('{"host": "elsewhere", "pid": 1, "thread": 2}')
     with pytest.warns(UserWarning):
@@ -467,8 +467,8 @@ def test_signals_in_any_order_leave_no_lock_and_a_checkpoint(signals):
         assert run.poll() is None, run.stderr.read()
         time.sleep(.1)
     for name in signals: run.send_signal(getattr(signal, name))   # at once: a process that is just ending hears none
-    told = run.communicate(timeout=120)[1]
-    assert run.returncode == 1 and "bnonly: stopped" in told and "Traceback" not in told
+    errors = run.communicate(timeout=120)[1]
+    assert run.returncode == 1 and "bnonly: stopped" in errors and "Traceback" not in errors
     assert not [f.name for f in folder.iterdir() if f.name == "lock" or f.name.startswith(".")]
     before = (folder/"metrics.csv").read_text().splitlines()
     with pytest.raises(KeyboardInterrupt): fit(spec, cbs=[Stop(1)])

@@ -49,8 +49,8 @@ def rewritten(value, words):
 def resealed(folder, **changed):
     "Change a record as anybody can who has read how it is sealed, and its features with it."
     record = {**json.loads((folder / "record.json").read_text()), **changed}
-    told = json.dumps({k: v for k, v in record.items() if k != "seal"}, sort_keys=True)
-    record["seal"] = hashlib.sha256(told.encode()).hexdigest()
+    text = json.dumps({k: v for k, v in record.items() if k != "seal"}, sort_keys=True)
+    record["seal"] = hashlib.sha256(text.encode()).hexdigest()
     (folder / "record.json").write_text(json.dumps(record))
     with safetensors.safe_open(features := folder / "features.safetensors", "np") as f:
         meta, tensors = f.metadata(), {n: f.get_tensor(n) for n in f.keys()}
@@ -259,8 +259,8 @@ def test_odd_failures_are_told(text, tmp_path, monkeypatch):
     folder.mkdir()
     put(folder / "failed.json", text)
     assert state(spec, "toy") == "failed"
-    told = {r["run"]: r for r in unmeasured("toy")}[spec.key]["error"]
-    assert told.startswith("failed.json ") and len(told.splitlines()) == 1 and len(told) < 400
+    error = {r["run"]: r for r in unmeasured("toy")}[spec.key]["error"]
+    assert error.startswith("failed.json ") and len(error.splitlines()) == 1 and len(error) < 400
 
 
 METRICS = "", "a,b\n1,2\n", "epoch,accuracy\n1,<script>\n", "epoch,accuracy\n1\n2,3,4\n", "\0\0", "folder", "pipe"
@@ -384,10 +384,10 @@ def test_broken_notebooks_beside_ours(name, text, tmp_path, monkeypatch):
 
 
 def test_what_a_verdict_comes_to():
-    told = {"reproduced": "yes", "not reproduced": "no", "holds on digits, 40 epochs": "yes",
+    kinds = {"reproduced": "yes", "not reproduced": "no", "holds on digits, 40 epochs": "yes",
             "does not hold (1 of 3 hold) on digits": "no", "undecided on digits": "open", "not measured": "none",
             "reversed": "no", "not told apart": "open"}
-    assert {v: verdict_kind(v) for v in told} == told
+    assert {v: verdict_kind(v) for v in kinds} == kinds
 
 
 def test_the_files_of_the_site_are_in_the_wheel():

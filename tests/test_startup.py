@@ -34,11 +34,11 @@ own = Spec is experiment.Spec and results is experiment.results and "torch" not 
 print(json.dumps(dict(heavy=heavy, said=said.getvalue(), listed=sorted(listed), near=near, own=own,
                       version=bnonly.__version__)))
 """
-    told = python(code)
-    assert told["heavy"] == [] and told["own"] and told["said"].endswith(f"bnonly {told['version']}\n")
+    answer = python(code)
+    assert answer["heavy"] == [] and answer["own"] and answer["said"].endswith(f"bnonly {answer['version']}\n")
     names = {"Spec", "counts", "create_model", "fit", "freeze", "frozen", "restore", "results", "roles", "unfreeze"}
-    assert names <= {*told["listed"]}
-    assert [n.partition("the nearest is ")[2] for n in told["near"]] == ["'freeze'.", "'Spec'.", ""]
+    assert names <= {*answer["listed"]}
+    assert [n.partition("the nearest is ")[2] for n in answer["near"]] == ["'freeze'.", "'Spec'.", ""]
 
 
 def test_importing_all_of_it_changes_nothing_of_a_program():

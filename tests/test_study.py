@@ -57,10 +57,10 @@ def test_a_study_ends_in_a_site_that_opens_offline(here):
     first = bnonly("study", "mini")
     assert first.returncode == 0, first.stderr
     assert "12 of 12 runs to train" in first.stderr and "12 runs trained, 0 failed" in first.stderr
-    told = bnonly("report", "mini")
-    assert told.returncode == 0, told.stderr
+    done = bnonly("report", "mini")
+    assert done.returncode == 0, done.stderr
     index = tmp_path / "runs/mini/report/index.html"
-    assert str(index) in told.stderr
+    assert str(index) in done.stderr
     page = index.read_text()
     figures = tmp_path / "runs/mini/figures"
     drawn = {f"fig{n:02}" for n in (1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 14)} | {"table1", "tableC1"}
@@ -73,9 +73,9 @@ def test_a_study_ends_in_a_site_that_opens_offline(here):
     means = summary(pd.read_csv(index.parent / "runs.csv"))
     drawn = pd.read_csv(figures / "fig02.csv", dtype=dict(tick=str)).query("label == 'BatchNorm' and tick == '14'")
     assert drawn.y.iloc[0] == pytest.approx(means.query("arch == 'resnet14' and policy == 'bn'")["mean"].iloc[0])
-    told = bnonly("claims", "mini")
-    assert told.returncode == 0 and " on digits, 3 epochs" in told.stdout and "not measured (needs" in told.stdout
-    assert not re.search("digits[^:]*: (not )?reproduced", told.stdout)
+    done = bnonly("claims", "mini")
+    assert done.returncode == 0 and " on digits, 3 epochs" in done.stdout and "not measured (needs" in done.stdout
+    assert not re.search("digits[^:]*: (not )?reproduced", done.stdout)
     again = bnonly("study", "mini")
     assert "every run is complete" in again.stderr
     before = index.stat().st_mtime_ns
@@ -89,15 +89,15 @@ def test_the_first_page_opens_with_a_sentence_and_five_claims(here):
         pytest.skip("the report of this module's first test is not there")
 
     class Read(HTMLParser):
-        told, rows, folded = "", 0, 0
+        seen, rows, folded = "", 0, 0
         def handle_starttag(self, tag, attributes):
             self.folded += tag == "details"
             self.rows += tag == "tr" and not self.folded
         def handle_data(self, words):
-            self.told += "" if self.folded else words
+            self.seen += "" if self.folded else words
     page = Read()
     page.feed(index.read_text().partition("<main>")[2])
-    assert "comparisons of test accuracy" in page.told and "on digits after 3 epochs." in " ".join(page.told.split())
+    assert "comparisons of test accuracy" in page.seen and "on digits after 3 epochs." in " ".join(page.seen.split())
     assert page.rows == 1 + 5 and page.folded == 3   # the head and five claims; all else is folded away
 
 
@@ -268,23 +268,23 @@ def test_help_and_version(capsys):
     for name in COMMANDS:
         with pytest.raises(SystemExit) as end:
             main([name, "--help"])
-        told = capsys.readouterr().out
-        assert not end.value.code and f"  {name} " in overview and "--pdb" not in told and "--xtra" not in told
-        assert all(option in told for option in options(name)), name
+        help_text = capsys.readouterr().out
+        assert not end.value.code and f"  {name} " in overview and "--pdb" not in help_text and "--xtra" not in help_text
+        assert all(option in help_text for option in options(name)), name
     assert {"--arch", "--study", "--device", "--dtype"} <= set(options("train"))
 
 
 def test_training_is_told_a_device_and_a_type(monkeypatch):
     import torch
-    told = {}
+    asked = {}
     monkeypatch.setattr(
         "bnonly.train.fit",
-        lambda spec, study, **how: told.update(how, spec=spec) or dict(status="diverged", final=dict(accuracy=9.0)),
+        lambda spec, study, **how: asked.update(how, spec=spec) or dict(status="diverged", final=dict(accuracy=9.0)),
     )
     main(["train", "--device", "cpu", "--dtype", "bfloat16", "--arch", "resnet8"])
-    assert (told["device"], told["dtype"], told["spec"].arch) == (torch.device("cpu"), torch.bfloat16, "resnet8")
+    assert (asked["device"], asked["dtype"], asked["spec"].arch) == (torch.device("cpu"), torch.bfloat16, "resnet8")
     main(["train"])
-    assert told["device"] is told["dtype"] is None
+    assert asked["device"] is asked["dtype"] is None
     assert parse_arguments(["study", "demo", "--dry-run", "--only", "arch=resnet8"])[1]["dry_run"] is True
 
 

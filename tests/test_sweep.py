@@ -227,12 +227,12 @@ def test_a_run_that_ends_its_process_is_tried_twice_and_stops_no_other(tmp_path,
     failed = sweep("struck", [VICTIM, *OTHERS], 2, say=lines.append, run=striking(VICTIM, os.abort, log))
     assert [state(s, "struck") for s in (VICTIM, *OTHERS)] == ["failed", *["complete"]*3]
     assert log.read_text() == "tried\n"*2 and sum("it is tried once more" in line for line in lines) == 1
-    told = json.loads((run_dir(VICTIM, "struck") / "failed.json").read_text())
-    assert told.keys() == {"spec", "error", "traceback", "host", "time"} and told["spec"] == VICTIM.__dict__
-    assert told["error"] == "WorkerDied: its process was ended by SIGABRT"
-    assert all(part in told["traceback"] for part in (told["error"], "Fatal Python error: Aborted", "in strike"))
+    report = json.loads((run_dir(VICTIM, "struck") / "failed.json").read_text())
+    assert report.keys() == {"spec", "error", "traceback", "host", "time"} and report["spec"] == VICTIM.__dict__
+    assert report["error"] == "WorkerDied: its process was ended by SIGABRT"
+    assert all(part in report["traceback"] for part in (report["error"], "Fatal Python error: Aborted", "in strike"))
     assert capsys.readouterr().err.count("Fatal Python error: Aborted") == 1
-    assert failed == {VICTIM.key: told["traceback"]} and not list(run_dir(VICTIM, "struck").glob("lock"))
+    assert failed == {VICTIM.key: report["traceback"]} and not list(run_dir(VICTIM, "struck").glob("lock"))
 
 
 def test_a_run_that_ended_its_process_is_left_alone_until_it_is_asked_for(tmp_path):
@@ -353,8 +353,8 @@ def test_every_variable_is_passed_on_with_folders_that_hold_elsewhere(tmp_path, 
     monkeypatch.chdir(tmp_path)
     listed = re.findall(r"(?m)^\| `(BNONLY_[A-Z]+)`", (ROOT / "README.md").read_text())
     for name in listed: monkeypatch.setenv(name, name.lower())
-    told, folders = passed_on(), {"BNONLY_RUNS", "BNONLY_DATA", "BNONLY_CACHE"}
-    assert {n: told.get(n) for n in listed} == {
+    environment, folders = passed_on(), {"BNONLY_RUNS", "BNONLY_DATA", "BNONLY_CACHE"}
+    assert {n: environment.get(n) for n in listed} == {
         n: str(tmp_path / n.lower()) if n in folders else n.lower() for n in listed
     }
     (_, seen), = in_processes(lambda _: {n: os.environ.get(n) for n in listed}, ["?"], 1)

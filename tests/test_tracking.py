@@ -47,8 +47,8 @@ def test_tensorboard(unwatched, monkeypatch):
     assert same(record, unwatched)
     seen = EventAccumulator(str(run_dir(SPEC) / "tensorboard")).Reload()
     assert {"train_loss", "valid_loss", "accuracy", "lr_0"} <= set(seen.Tags()["scalars"])
-    told = [100 * e.value for e in seen.Scalars("accuracy")]
-    assert len(told) == 2 and told[-1] == pytest.approx(record["final"]["accuracy"], abs=1e-3)
+    logged = [100 * e.value for e in seen.Scalars("accuracy")]
+    assert len(logged) == 2 and logged[-1] == pytest.approx(record["final"]["accuracy"], abs=1e-3)
 
 
 def test_tensorboards_curves_go_on(monkeypatch):

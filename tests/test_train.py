@@ -372,16 +372,16 @@ def test_a_record_that_appears_while_one_trains_is_left_alone():
 def test_two_who_fit_one_run_train_it_once():
     "The second says whom it waits for and gets the same record; a reader of a finished run needs to write nothing."
     from threading import Event, Thread
-    begun, told, trained, records = Event(), Event(), [], []
+    begun, noticed, trained, records = Event(), Event(), [], []
 
     class Count(Callback):
         order = 70
         def after_epoch(self):
             trained.append(self.epoch)
             begun.set()
-            assert told.wait(60)
+            assert noticed.wait(60)
     class Waits(logging.Handler):
-        def emit(self, record): "is being trained by process" in record.getMessage() and told.set()
+        def emit(self, record): "is being trained by process" in record.getMessage() and noticed.set()
     logging.getLogger("bnonly").addHandler(waits := Waits())
     first = Thread(target=lambda: records.append(fit(TINY, cbs=[Count()])))
     first.start()
@@ -389,7 +389,7 @@ def test_two_who_fit_one_run_train_it_once():
     records.append(fit(TINY, cbs=[Count()]))
     first.join()
     logging.getLogger("bnonly").removeHandler(waits)
-    assert told.is_set() and trained == [0, 1] and records[0] == records[1]
+    assert noticed.is_set() and trained == [0, 1] and records[0] == records[1]
     assert not (run_dir(TINY) / "lock").exists()
 
 
