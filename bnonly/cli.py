@@ -241,7 +241,7 @@ def main(argv: list|None = None):
         return print(HELP)
     if argv[0] == "--version":
         return print(f"bnonly {__version__}")
-    warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated", FutureWarning)   # fastai 2.8 decorates with it
+    warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated", FutureWarning)   # by fastai 2.8
     try:
         command, args = parse_arguments(argv)
         check_arguments(command, args)

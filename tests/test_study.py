@@ -268,9 +268,9 @@ def test_help_and_version(capsys):
     for name in COMMANDS:
         with pytest.raises(SystemExit) as end:
             main([name, "--help"])
-        help_text = capsys.readouterr().out
-        assert not end.value.code and f"  {name} " in overview and "--pdb" not in help_text and "--xtra" not in help_text
-        assert all(option in help_text for option in options(name)), name
+        usage = capsys.readouterr().out
+        assert not end.value.code and f"  {name} " in overview and "--pdb" not in usage and "--xtra" not in usage
+        assert all(option in usage for option in options(name)), name
     assert {"--arch", "--study", "--device", "--dtype"} <= set(options("train"))
 
 
