@@ -12,10 +12,10 @@ import pandas as pd
 from .accuracy import GROWING, budgets, doubling, growth, small_runs
 from .experiment import Spec, incomplete, parse_arch, summary
 from .figures import SPREAD, WIDTH, corner, empty, footnote, legend, styled
-from .recipes import family, panels, papers_recipe, single_recipe
+from .recipes import PAPER, family, panels, paper_value, papers_recipe, single_recipe
 
-__all__ = ["Line", "Layout", "SERIES", "ALL", "BN", "LAYOUTS", "PAPER", "points", "missing_runs", "paper_value",
-           "paper_values", "images", "accuracy_panel", "accuracy_figure", "fig03", "fig10"]
+__all__ = ["Line", "Layout", "SERIES", "ALL", "BN", "LAYOUTS", "points", "missing_runs", "paper_values",
+           "images", "accuracy_panel", "accuracy_figure", "fig03", "fig10"]
 
 
 # What a figure shows
@@ -68,35 +68,6 @@ LAYOUTS = {
     "fig13": Layout("Accuracy by the number of random parameters per channel", RANDOM, GROWN, {}),
     "fig14": Layout("Accuracy of two random parameters per channel with the output layer", OUTPUTS, FOUR, {})}
 ONLY_BN = Layout("Accuracy against the number of BatchNorm parameters", (BN,), GROWN, {})
-
-# the accuracies that the paper's text gives, and the section; on its data: CIFAR-10 after 160 epochs, five seeds,
-# and ImageNet after 90 epochs, three seeds
-_PAPER = """
-resnet110 all                uniform  accuracy 93.3  4
-resnet110 bn                 uniform  accuracy 69.5  4
-resnet14  bn                 uniform  accuracy 48    4
-resnet866 bn                 uniform  accuracy 82    4
-wrn14-32  bn                 uniform  accuracy 73    4
-resnet50  bn                 uniform  top5     17    4
-resnet101 bn                 uniform  top5     25    G
-resnet200 bn                 uniform  top5     32    4
-resnet200 output             uniform  top5     2.7   4
-resnet200 output             uniform  accuracy 0.8   4
-vgg11     bn                 uniform  accuracy 57    C.2
-vgg19     bn                 uniform  accuracy 61    C.2
-vgg11     output             uniform  accuracy 41    C.2
-vgg19     output             uniform  accuracy 27    C.2
-resnet866 bn                 positive accuracy 84    E.2
-wrn14-32  bn                 positive accuracy 75    E.2
-resnet200 bn                 positive top5     37    E.2
-resnet14  bn+shortcut+output uniform  accuracy 63    G
-resnet110 bn+shortcut+output uniform  accuracy 74.6  G
-wrn14-32  bn+shortcut+output uniform  accuracy 87    G
-resnet101 bn+shortcut+output uniform  top5     72    G
-resnet14  shortcut+output    uniform  accuracy 49    G
-resnet101 shortcut+output    uniform  top5     35    G
-"""
-PAPER = {tuple(line.split()[:4]): float(line.split()[4]) for line in _PAPER.strip().splitlines()}
 
 
 def points(table: pd.DataFrame, layout: Layout, value: str = "accuracy") -> pd.DataFrame:
@@ -154,13 +125,6 @@ def missing_runs(plan: list, table: pd.DataFrame, lines: tuple, families: tuple)
 # The paper's numbers, as stars
 
 STARS = dict(marker="*", ls="", ms=9, mfc="none", mew=1.2, zorder=5)
-
-
-def paper_value(run: dict) -> float|None:   # run: with arch, data, policy and bn_init
-    "The accuracy that the paper's text gives for a point, if the point is on the paper's data."
-    if run["data"] != papers_recipe(run["arch"]).data:
-        return None
-    return PAPER.get((run["arch"], run["policy"], run["bn_init"], "accuracy"))
 
 
 def paper_values(layout: Layout, panel: str, data: str, value: str = "accuracy") -> pd.DataFrame:

@@ -10,10 +10,10 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from .convolutions import (ALGORITHMS, DTYPES, PACK_HEADER, conv2d, conv_algorithm, output_size, pack_weight,
-                           packed_scale, rival, sparse_conv2d, sparse_conv2d_reference, sparse_linear,
+from .convolutions import (conv2d, output_size, sparse_conv2d, sparse_conv2d_reference, sparse_linear,
                            sparse_linear_reference)
 from .native import Entry, Layer, Norm, kernels
+from .packing import ALGORITHMS, DTYPES, PACK_HEADER, conv_algorithm, pack_weight, packed_scale, rival
 from .register import (OPERATORS, channels_last, count_flops, empty_channels_last, formula, needs_grad, operator,
                        products, ptr, wanted)
 

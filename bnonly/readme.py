@@ -47,12 +47,11 @@ def results_table(project: Path) -> str:
     "Accuracy of each network and policy of CIFAR-10, by epochs, beside the paper's text."
     import pandas as pd
     from .accuracy import shown
-    from .accuracy_figures import paper_value
     from .experiment import results, summary
-    from .recipes import single_recipe
-    points = summary(single_recipe(pd.concat(map(results, STUDIES)), free=("epochs",)))
+    from .recipes import paper_value, single_recipe
+    points = summary(pd.concat([single_recipe(results(study)) for study in STUDIES]))
     points = points[points.bn_init == "uniform"]
-    ages, images = sorted(set(points.epochs)), " and ".join(sorted(set(points.images)))
+    images = {age: " and ".join(sorted(set(rows.images))) for age, rows in points.groupby("epochs")}
     networks = sorted(set(points.arch), key=lambda arch: (parse_arch(arch).width, parse_arch(arch).depth))
     rows = []
     for arch in networks:
@@ -60,9 +59,10 @@ def results_table(project: Path) -> str:
             own = points[(points.arch == arch) & (points.policy == policy)]
             cells = {r["epochs"]: shown(r["mean"], r["sd"], r["n"]) for r in own.to_dict("records")}
             said = paper_value(own.iloc[0].to_dict())
-            rows.append([arch, policy, *(cells.get(age, "") for age in ages), "" if said is None else f"{said:g}"])
-    head = ["network", "what trains", *(f"{age} epochs" for age in ages), "the paper, 160 epochs"]
-    return (f"Test accuracy (%) on {images} at the last epoch, mean ± standard deviation (n), from the records in "
+            rows.append([arch, policy, *(cells.get(age, "") for age in images), "" if said is None else f"{said:g}"])
+    head = ["network", "what trains", *(f"{name}, {age} epochs" for age, name in images.items()),
+            "the paper, 160 epochs"]
+    return ("Test accuracy (%) at the last epoch, mean ± standard deviation (n), from the records in "
             f"{' and '.join(f'[runs/{s}](runs/{s})' for s in STUDIES)}.\n\n{table(head, rows)}")
 
 

@@ -1,9 +1,10 @@
-"""Which runs stand beside each other in a figure: networks of one family, and runs of one recipe."""
+"""Which runs stand beside each other in a figure: networks of one family, and runs of one recipe; and the paper's numbers
+that stand beside them."""
 import pandas as pd
 
 from .experiment import Spec, parse_arch
 
-__all__ = ["family", "panels", "NO_RECIPE", "papers_recipe", "single_recipe", "other_recipes"]
+__all__ = ["family", "panels", "NO_RECIPE", "papers_recipe", "single_recipe", "other_recipes", "PAPER", "paper_value"]
 
 
 # Families: ways of growing a network, each with a panel in the paper's figures
@@ -96,3 +97,40 @@ def other_recipes(table: pd.DataFrame, free: tuple = ("bn_init",)) -> str:   # t
             odd.setdefault(field, set()).update(set(rows[field]) - set(usual[field]))
     how = "; ".join(f"{field} {text(values)}" for field, values in odd.items() if values)
     return f"{rest.folder.nunique()} runs of another recipe are not in the paper's figures: {how}." if how else ""
+
+
+# The paper's numbers: the accuracies that the paper's text gives, and the section; on its data: CIFAR-10 after 160 epochs, five seeds,
+# and ImageNet after 90 epochs, three seeds
+_PAPER = """
+resnet110 all                uniform  accuracy 93.3  4
+resnet110 bn                 uniform  accuracy 69.5  4
+resnet14  bn                 uniform  accuracy 48    4
+resnet866 bn                 uniform  accuracy 82    4
+wrn14-32  bn                 uniform  accuracy 73    4
+resnet50  bn                 uniform  top5     17    4
+resnet101 bn                 uniform  top5     25    G
+resnet200 bn                 uniform  top5     32    4
+resnet200 output             uniform  top5     2.7   4
+resnet200 output             uniform  accuracy 0.8   4
+vgg11     bn                 uniform  accuracy 57    C.2
+vgg19     bn                 uniform  accuracy 61    C.2
+vgg11     output             uniform  accuracy 41    C.2
+vgg19     output             uniform  accuracy 27    C.2
+resnet866 bn                 positive accuracy 84    E.2
+wrn14-32  bn                 positive accuracy 75    E.2
+resnet200 bn                 positive top5     37    E.2
+resnet14  bn+shortcut+output uniform  accuracy 63    G
+resnet110 bn+shortcut+output uniform  accuracy 74.6  G
+wrn14-32  bn+shortcut+output uniform  accuracy 87    G
+resnet101 bn+shortcut+output uniform  top5     72    G
+resnet14  shortcut+output    uniform  accuracy 49    G
+resnet101 shortcut+output    uniform  top5     35    G
+"""
+PAPER = {tuple(line.split()[:4]): float(line.split()[4]) for line in _PAPER.strip().splitlines()}
+
+
+def paper_value(run: dict) -> float|None:   # run: with arch, data, policy and bn_init
+    "The accuracy that the paper's text gives for a point, if the point is on the paper's data."
+    if run["data"] != papers_recipe(run["arch"]).data:
+        return None
+    return PAPER.get((run["arch"], run["policy"], run["bn_init"], "accuracy"))

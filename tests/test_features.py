@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 import torch
 from bnonly import analysis
-from bnonly.analysis import AFFINE_FIELDS, IMAGE_FIELDS, analyse, channels, clamped, saved_features
+from bnonly.analysis import AFFINE_FIELDS, IMAGE_FIELDS, analyse, channels, clamped, saved_features, settling
 from bnonly.data import load_data, loaders
 from bnonly.experiment import Spec, load_record, run_dir, write
 from bnonly.features import clamp, clamping, correct, restore
@@ -206,6 +206,24 @@ def test_without_images_gamma_and_beta_are_kept_at_least(study, monkeypatch):
             assert analyse(spec, study).stat().st_mtime_ns == made
         assert channels(study, policy=["bn"]).zero.isna().all() and len(clamped(study, policy=["bn"])) == 0
     assert saved_features(analyse(spec, study).parent).keys() == {*AFFINE_FIELDS, *IMAGE_FIELDS}
+
+
+def test_when_a_channel_falls_silent_and_how_large_its_gamma_was_then(tmp_path):
+    spec = Spec(arch="resnet8", epochs=1)
+    fit(spec, here := f"{tmp_path}/looks")
+    analyse(spec, here)
+    file = run_dir(spec, here)/"trajectory.safetensors"
+    kept = {n: np.repeat(a[:1], 5, 0) for n, a in safetensors.numpy.load_file(file).items()}
+    kept["epoch"][:] = [0, 8, 16, 24, 32]
+    kept["gamma"][:], kept["zero"][:, ~np.isnan(kept["zero"][0])] = -.5, .5
+    kept["gamma"][:, :3] = np.array([[1, .5, .1, .005, .001], [.2, .1, .05, .02, .02], [1, .005, .5, .005, .5]]).T
+    kept["zero"][:, :3] = np.array([[0, .995, .5, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).T
+    safetensors.numpy.save_file(kept, file)
+    t = settling(here)
+    assert t.silent.tolist()[:4] == pytest.approx([.75, 0, np.nan, np.nan], nan_ok=True)
+    assert t.small.tolist()[:4] == pytest.approx([.75, np.nan, np.nan, np.nan], nan_ok=True)
+    assert t.then.tolist()[:4] == pytest.approx([.005, .2, np.nan, np.nan], nan_ok=True, rel=1e-3)
+    assert t.began.tolist()[:4] == pytest.approx([1, .2, 1, .5], rel=1e-3)
 
 
 def test_other_images_than_those_of_the_training_do_not_count(study, monkeypatch):
