@@ -446,6 +446,7 @@ def fates(table:pd.DataFrame   # as `channels` gives it, with `drawn`
     return t.groupby(["arch", "weight_decay", "decay", "seed"]).apply(row)
 
 # %% ../nbs/08_affine.ipynb #f47e0006
+@styled()
 def fig_fates(table:pd.DataFrame,   # as `channels` gives it, with `drawn`
               times:pd.DataFrame    # as `settling` gives it
              ) -> plt.Figure:
@@ -458,16 +459,17 @@ def fig_fates(table:pd.DataFrame,   # as `channels` gives it, with `drawn`
         ended, label = g.gamma.abs().clip(lower=1e-6), f"{label} ({len(g)} channels)"
         ax.plot(g.drawn, ended, ".", ms=3, alpha=.6, color=color, label=label)
     ax.axhline(.01, color="gray", lw=1, ls="--", label="0.01")
-    ax.set(xlabel="γ at the start", ylabel="|γ| at the end (1e-6 and less at the bottom)", yscale="log")
+    ax.set(xlabel="γ at the start", ylabel="|γ| at the end", yscale="log")
     both = times[(times.role == 0) & times.silent.notna() & times.small.notna()]
     when.plot([0, 1], [0, 1], color="gray", lw=1, ls="--", label="at once")
     if len(both):
-        label = f"small and silent at the end ({len(both)} channels)"
-        when.plot(both.silent, both.small, ".", ms=4, alpha=.4, color="tab:red", label=label)
+        label = f"small and silent at the end ({len(both)} channels, by area)"
+        there = both.groupby(["silent", "small"]).size().reset_index(name="n")
+        when.scatter(there.silent, there.small, 6*there.n, alpha=.5, color="tab:red", lw=0, label=label)
     else:
         how = dict(ha="center", va="center", fontsize=7, color="dimgray")
         when.text(.5, .5, "no run with a trajectory is complete", **how)
-    when.set(xlabel="Silent from (share of the run)", ylabel="|γ| < 0.01 from (share of the run)")
+    when.set(xlabel="Silent from (share of the run)", ylabel="|γ| < 0.01 from (share)")
     legend(fig, 2)
     which = f"{title(inner.arch.iloc[0])} on {' and '.join(inner.images.unique())}"
     return footnote(fig, f"{which}, {inner.epochs.max()} epochs, {inner.seed.nunique()} seeds")
