@@ -166,9 +166,10 @@ def accuracy_panel(ax, stats: pd.DataFrame, lines: tuple, limits: tuple, stars: 
             ax.plot(paper["at"], paper["mean"], color=line.color,
                     label=None if len(rows) else line.label, **STARS)
     ax.set_xscale("log")
-    ax.set_xticks(ticks["at"], ticks.tick)
+    places = ticks["at"].astype(float)
+    ax.set_xticks(places, ticks.tick)
     ax.minorticks_off()
-    ax.set(xlim=(ticks["at"].min()/1.15, ticks["at"].max()*1.15), ylim=_limits(limits, stats))
+    ax.set(xlim=(places.min()/1.15, places.max()*1.15), ylim=_limits(limits, stats))
     corner(ax, stats)
 
 
