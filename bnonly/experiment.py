@@ -247,7 +247,7 @@ Spec.key = property(key)
 def derive_seed(seed:int,   # of the run
                 *names      # what is drawn, e.g. 'conv1.weight', or 'order', 3
                ) -> int:    # below 2**63
-    "A seed of its own for each thing that is drawn at random in a run."
+    "A separate seed for each thing that is drawn at random in a run."
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -439,7 +439,7 @@ def section(name:str,              # of settings.ini
 def preset(name:str,                # a section of settings.ini, or a folder of runs that were trained one by one
            file:Path|None=None      # settings.ini elsewhere
           ) -> list[Spec]:          # every run of the study once, seeds outermost
-    "The runs of a study, read from settings.ini; those with a record where it has no such section."
+    "The runs of a study, read from settings.ini; where it has no such section, the runs that have a record."
     if not file and name not in presets() and (kept := records(name)):
         return sorted((Spec(**r["spec"]) for r in kept), key=lambda s: s.seed)
     shared = section(name, file)
@@ -470,6 +470,6 @@ def _grid_points(grid):
 def incomplete(plan:list[Spec],      # as `preset` gives it
                table:pd.DataFrame    # as `results` gives it
               ) -> list[Spec]:
-    "What of a plan has no complete record."
+    "The runs of a plan that have no complete record."
     done = {Path(f).name for f in table[table.status == "complete"].folder}
     return [s for s in plan if s.key not in done]

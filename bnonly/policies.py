@@ -75,7 +75,7 @@ POLICIES = {"all": "all parameters", "all-affine": "all but gamma and beta, whic
 
 # %% ../nbs/03_policies.ipynb #2c91ac4c
 def moving_roles(policy:str) -> set:   # of ROLES
-    "The roles of which a policy trains every parameter."
+    "The roles of which a policy trains every parameter; under `all-beta`, every one but beta."
     tokens = dict(parse_policy(policy))
     if "all" in tokens or "all-beta" in tokens: return set(ROLES)
     if {"all-affine", "all-frozen-bn"} & tokens.keys(): return set(ROLES) - {"bn", "norm"}
