@@ -8,7 +8,7 @@ Modules:
 - `bnonly.cache`: Images that were decoded once, kept as one file of tensors which is mapped into memory at the next start.
 - `bnonly.checkpoint`: What is kept of a run while it trains, and its record when it has ended.
 - `bnonly.cli`: The command line: bnonly train | study NAME | figures NAME | claims NAME | report NAME | explore | bench.
-- `bnonly.delta`: A small file for any model: what training moved of it, beside the name of the base it stands on.
+- `bnonly.delta`: A small file for any model: what training changed of it, beside the name of the base it stands on.
 - `bnonly.faults`: Convolutions around two faults of PyTorch 2.15.0 with oneDNN 3.13.3 on a CPU, which `tests/convolution_faults.py` found. Both are in the gradient of the weight.
 - `bnonly.hub`: Deltas on the Hugging Face Hub, each with a card that says what it is and how to load it.
 - `bnonly.layers`: The layers of the networks: PyTorch's modules, which call the operators of `bnonly.ops` once they are prepared.

@@ -1,7 +1,7 @@
 """Policies as adapters of peft, and back: `LNTuningConfig` copies normalizations, `modules_to_save` the output layer.
 
 peft's own files hold the layers that it copied, and no running statistics of a BatchNorm that does not train; a delta
-of `from_peft` holds all that moved."""
+of `from_peft` holds all that changed."""
 import copy
 import re
 

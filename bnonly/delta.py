@@ -1,4 +1,4 @@
-"""A small file for any model: what training moved of it, beside the name of the base it stands on.
+"""A small file for any model: what training changed of it, beside the name of the base it stands on.
 
 The file holds the numbers that trained and the running statistics, under the names that they have in the model, and
 says of which base they are, under which policy they trained, and the digest of all that was frozen."""
@@ -64,7 +64,7 @@ def save_delta(model: nn.Module,   # trained after `freeze`
                path: Path,         # of the file, e.g. 'birds.safetensors'
                base: str           # where the model came from, e.g. 'timm/resnet18.a1_in1k'
                ) -> Path:
-    """Keep what training moved of a model, and what must be known of its base.
+    """Keep what training changed of a model, and what must be known of its base.
 
     `ValueError` for a model that was not frozen, that trains other numbers than its policy says, or that diverged."""
     how, inside = frozen_as(model), unwrapped(model)

@@ -42,7 +42,7 @@ CARD = """---
 
 # {title}
 
-What training moved of {base}, and nothing else: {trains} of {total} parameters, and the running statistics.
+What training changed of {base}, and nothing else: {trains} of {total} parameters, and the running statistics.
 
 | | |
 |---|---|

@@ -9,7 +9,7 @@ class KeepFrozen(Callback):
 
     It sees every step before mixed precision looks at the gradients."""
     order = 5
-    def __init__(self, needs: dict,   # parameter to whether it may move
+    def __init__(self, needs: dict,   # parameter to whether it trains
                  keep):               # function of `needs` that sees to it
         self.needs, self.keep = needs, keep
 
