@@ -1,5 +1,4 @@
-"""Which runs stand beside each other in a figure: networks of one family, and runs of one recipe; and the paper's numbers
-that stand beside them."""
+"""Which runs stand beside each other in a figure: networks of one family, runs of one recipe, and the paper's numbers."""
 import pandas as pd
 
 from .experiment import Spec, parse_arch
@@ -99,8 +98,9 @@ def other_recipes(table: pd.DataFrame, free: tuple = ("bn_init",)) -> str:   # t
     return f"{rest.folder.nunique()} runs of another recipe are not in the paper's figures: {how}." if how else ""
 
 
-# The paper's numbers: the accuracies that the paper's text gives, and the section; on its data: CIFAR-10 after 160 epochs, five seeds,
-# and ImageNet after 90 epochs, three seeds
+# The paper's numbers: the accuracies that its text gives, and the section; on its data: CIFAR-10 after 160 epochs, five
+# seeds, and ImageNet after 90 epochs, three seeds
+
 _PAPER = """
 resnet110 all                uniform  accuracy 93.3  4
 resnet110 bn                 uniform  accuracy 69.5  4
