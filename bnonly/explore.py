@@ -3,7 +3,6 @@
 Widgets over the features kept beside the records (`bnonly.analysis`); no network is evaluated.
 """
 import io
-import time
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -223,7 +222,8 @@ class Explorer:
             w, options = self.choices[name], tuple(dict.fromkeys(rows[name]))
             if w.options != options:
                 before, w.options = w.value, options
-                w.value = before if before in options else options[0]
+                first = "bn" if "bn" in options else options[0]   # what the study is about
+                w.value = before if before in options else first
             rows = rows[rows[name] == w.value]
             if name == "arch": siblings = rows
         return rows, siblings
@@ -231,7 +231,7 @@ class Explorer:
     def choose(self, _=None):
         "Another run: narrow the lists, then draw everything once."
         if self.busy: return
-        start, self.busy = time.perf_counter(), True
+        self.busy = True
         chosen, siblings = self._narrow()
         self.run = chosen.iloc[0]
         self.features = features_of(self.run.folder)
@@ -242,7 +242,7 @@ class Explorer:
         self.pictures["silence_picture"].value = silence_picture(self.features)
         self.busy = False
         self.compare()
-        self.clamp(start=start)
+        self.clamp()
 
     def compare(self, _=None):
         "Other learning curves: one picture."
@@ -250,14 +250,13 @@ class Explorer:
         names = {folder: label for label, folder in self.others.options}
         self.pictures["learning_picture"].value = learning_picture({names[f]: f for f in self.others.value})
 
-    def clamp(self, _=None, start=None):
+    def clamp(self, _=None):
         "Another threshold: the two pictures that depend on it, and the numbers."
-        start, t = start or time.perf_counter(), self.threshold.value
+        t = self.threshold.value
         for f in (affine_picture, clamping_picture):
             self.pictures[f.__name__].value = f(self.features, t, self.color)
         words = sentences(at_threshold(self.features, t), self.run.accuracy)
-        took = f"{1000*(time.perf_counter() - start):.0f}"
-        self.message.value = render("explorer.html", sentences=words, images=self.run.images, milliseconds=took)
+        self.message.value = render("explorer.html", sentences=words, images=self.run.images)
 
     def show(self) -> widgets.Widget:
         "The controls, the numbers and the pictures, one above the other where the page is narrow."

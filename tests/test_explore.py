@@ -67,8 +67,8 @@ def test_a_change_draws_what_it_concerns_once_and_reads_no_features(explorer, mo
         (choices["arch"], "resnet32", PICTURES),
         (explorer.threshold, 0.2, PICTURES[:2]),
         (choices["study"], "decay", PICTURES),
-        (choices["policy"], "bn", PICTURES),
-        (choices["rest"], own[own.policy == "bn"].rest.iloc[1], PICTURES),
+        (choices["policy"], "all", PICTURES),
+        (choices["rest"], own[own.policy == "all"].rest.iloc[1], PICTURES),
         (explorer.others, tuple(own.folder[:3]), PICTURES[3:]),
     ]
     for widget, value, drawn in changes:
