@@ -5,6 +5,7 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
+from .faults import around, part_of
 from .native import Direct, Entry, kernels
 from .packing import ONE, PACK_HEADER, pack_weight, packed_scale, phases
 from .register import channels_last, count_flops, empty_channels_last, formula, operator, products, ptr, wanted
@@ -86,9 +87,12 @@ def _conv_input_fake(dy, weight, packed, size, stride, padding, dilation, groups
 def _conv_weight_compute(dy, x, weight, stride, padding, dilation, groups, algorithm):
     dw = torch.empty_like(weight, dtype=torch.float32)
     if algorithm == "pytorch":
-        if weight.shape[2:] == ONE and (*padding,) == (0, 0):   # see `bnonly.faults`
-            x, stride = x[..., ::stride[0], ::stride[1]], ONE
-        return dw.copy_(_pytorch_gradients(dy, x, weight.to(x.dtype), stride, padding, dilation, groups, of=1))
+        places = [slice(None)]*2
+        if (*dilation,) == ONE: x, places, stride, padding = around(x, weight.shape[2:], stride, padding)
+        part, found = part_of(weight, places).to(x.dtype), part_of(dw, places)
+        if found is not dw: dw.zero_()
+        found.copy_(_pytorch_gradients(dy, x, part, stride, padding, dilation, groups, of=1))
+        return dw
     x, dy, own, (O, C, K, _) = channels_last(x), channels_last(dy, x.dtype), kernels()[x.dtype], weight.shape
     at, where, threads = Entry(*dw.stride()), (len(x), *x.shape[2:], C), torch.get_num_threads()
     given = x.data_ptr(), dy.data_ptr(), dw.data_ptr(), ctypes.byref(at)

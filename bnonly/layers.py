@@ -2,9 +2,8 @@
 
 As they are built they compute what their base classes compute. `prepare_layers` tells them in which dtype to compute,
 lets them call the operators where they are on a CPU and there are compiled kernels, and packs each frozen weight.
-From then on frozen weights must not change: whoever changes one prepares the network again. What an operator does not
-take (another dtype, device or layout) is left to its definition.
-
+From then on frozen weights must not change: whoever changes one prepares the network again (`load_state_dict` does).
+What an operator does not take (another dtype, device or layout) is left to its definition.
 The functions in front of the classes take tensors alone, and are one step of a trace by `torch.fx`.
 """
 import torch
@@ -97,8 +96,7 @@ def max_pool(x, kernel, stride, padding, dilation, ceil_mode):
 
 @fx.wrap
 def residual_blocks(x, affine, weights, running, counts, momenta, eps, packs, dtype, rival):
-    """Residual blocks of two convolutions [C, C, 3, 3], each with BatchNorm and ReLU, in training: in one operator if
-    it can."""
+    "Residual blocks of two convolutions [C, C, 3, 3], each with BatchNorm and ReLU, in training: at best one operator."
     same = ((1, 1),)*3
     def fast(w): return ops.conv_algorithm(rival, w.shape, w.requires_grad, *same, 1, len(x), x.shape[2:]) == "winograd"
     def ours(t): return t.device.type == "cpu" and t.dtype == torch.float32
@@ -106,6 +104,7 @@ def residual_blocks(x, affine, weights, running, counts, momenta, eps, packs, dt
             and all(ours(t) and t.is_contiguous() and t.shape == x.shape[1:2] for t in (*affine, *running))
             and all(ours(w) and w.shape[:2] == (x.shape[1],)*2 and fast(w) for w in weights)):
         for count in counts: count.add_(1)
+        for trains in [p for p, w in zip(packs, weights) if p and w.requires_grad]: trains.clear()   # after all
         frozen = all(packs) and not any(w.requires_grad for w in weights)
         packed = [p["winograd"][back] for back in (0, 1) for p in packs] if frozen else ()
         return ops.basic_blocks(x, affine, weights, running, momenta, eps, packed)
@@ -125,6 +124,13 @@ class Prepared:
     rival = None           # as `ops.rival` gives it; None: the operators are not used
 
     def prepare(self, dtype, rival): self.compute_dtype, self.rival = dtype, rival
+
+    def __getstate__(self): return {name: value for name, value in super().__getstate__().items() if name != "packs"}
+
+    def __setstate__(self, state):
+        "Another processor may have other kernels, or none: a copy is prepared anew."
+        super().__setstate__(state)
+        if self.rival is not None: self.prepare(self.compute_dtype, _rival_of(self, self.compute_dtype))
 
 
 class BatchNormAct(Prepared, nn.BatchNorm2d):
@@ -187,14 +193,17 @@ class Conv2d(Prepared, nn.Conv2d):
     "PyTorch's convolution, computed around the faults of its gradients on a CPU (`bnonly.faults`)."
     packs = None   # of a frozen weight, by `ops.pack_weight`
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_pack_again)
+
     def prepare(self, dtype, rival):
         super().prepare(dtype, rival)
         frozen = rival is not None and not parametrize.is_parametrized(self) and not self.weight.requires_grad
         self.packs = self.pack() if frozen and not isinstance(self.padding, str) else None
 
     def pack(self) -> dict:
-        """The frozen weight in the dtype in which it computes, and for each kernel that may be chosen, forward and
-        backward."""
+        "The frozen weight in the dtype in which it computes, and for each kernel that may be chosen, both ways."
         weight = self.weight.detach().to(self.compute_dtype)
         geometry = self.stride, self.padding, self.dilation, self.groups
         best = ops.conv_algorithm(self.rival, weight.shape, False, *geometry)
@@ -213,6 +222,11 @@ class Conv2d(Prepared, nn.Conv2d):
         if self.padding_mode != "zeros" or isinstance(self.padding, str): return super().forward(x)
         return convolution(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
                            self.compute_dtype, self.rival, self.packs)
+
+
+def _pack_again(conv, _):
+    "After other weights were loaded."
+    if conv.packs: conv.packs = conv.pack()
 
 
 class Linear(Prepared, nn.Linear):
@@ -237,9 +251,8 @@ def _plain(m, kind) -> bool:
 
 
 class Stage(Prepared, nn.Sequential):
-    """Residual blocks one after the other. In training, those that have `pairs` of a convolution and a BatchNorm are
-    one step each time they follow each other, unless hooks ask for what is in between; hooks for all modules do not
-    see into it."""
+    """Residual blocks in a row. In training, neighbours that have `pairs` of a convolution and a BatchNorm are one
+    step, unless hooks ask for what is in between; hooks for all modules do not see into it."""
     def forward(self, x):
         if self.rival is None or not self.training: return super().forward(x)
         row, row_trains = [], None   # pairs that go in one step, and whether any trains: those that do not keep nothing
@@ -275,11 +288,13 @@ def prepare_layers(model:nn.Module,      # frozen by its policy, on its device
                    dtype:torch.dtype,    # of the convolutions and of what is between the layers
                    kinds:tuple=(Prepared,)   # of layers
                   ) -> nn.Module:        # the same model
-    """Let the layers compute in `dtype`, by the operators where there are kernels for the device. Frozen weights are
-    packed here, and must stay as they are from then on."""
-    fused = kernels() is not None and dtype in ops.DTYPES
+    "Let the layers compute in `dtype`, by the operators where there are kernels. Frozen weights then rest."
     for m in model.modules():
-        if not isinstance(m, kinds): continue
-        on_cpu = all(p.device.type == "cpu" for p in m.parameters())
-        m.prepare(dtype, ops.rival(dtype) if fused and on_cpu else None)
+        if isinstance(m, kinds): m.prepare(dtype, _rival_of(m, dtype))
     return model
+
+
+def _rival_of(m, dtype) -> str | None:
+    "As `ops.rival` gives it, for a layer that the kernels can compute; None for others."
+    fused = kernels() is not None and dtype in ops.DTYPES and all(p.device.type == "cpu" for p in m.parameters())
+    return ops.rival(dtype) if fused else None

@@ -3,6 +3,7 @@ import math
 from functools import partial
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 __all__ = ["OPERATORS", "operator", "formula", "count_flops"]
@@ -46,13 +47,19 @@ def formula(setup_context, backward):
             @staticmethod
             @torch.autograd.function.once_differentiable
             def backward(ctx, *gradients): return backward(ctx, *gradients)
-        return lambda *inputs: Operator.apply(*inputs) if needs_grad(inputs) else op(*inputs, False)
+        def differentiated(inputs): return needs_grad(inputs) or has_tangent(inputs)
+        return lambda *inputs: Operator.apply(*inputs) if differentiated(inputs) else op(*inputs, False)
     return autograd
 
 
 def needs_grad(inputs) -> bool:
     "Whether autograd will ask for the gradient of one of these."
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
+
+
+def has_tangent(inputs) -> bool:
+    "Whether one of these is differentiated forward, which the operators have no formula for: PyTorch then says so."
+    return any(isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in inputs)
 
 
 def count_flops(*names):

@@ -76,6 +76,42 @@ def test_a_frozen_weight_is_packed_when_it_is_prepared(dtype):
 
 
 @needs_kernels
+def test_other_weights_that_are_loaded_are_packed():
+    plain, ready = create_model("resnet8"), prepare_layers(freeze(create_model("resnet8", seed=1), "bn"), torch.float32)
+    ready.load_state_dict(plain.state_dict())
+    x = images(4, 3, 16, 16)
+    for net in (plain, ready): net.train()
+    torch.testing.assert_close(ready(x), plain(x), rtol=1e-3, atol=1e-3)
+
+
+@needs_kernels
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "without kernels"])
+def test_a_pickle_has_no_packs_and_is_prepared_where_it_is_loaded(elsewhere, monkeypatch):
+    model, x = prepare_layers(freeze(create_model("resnet8"), "bn"), torch.float32).eval(), images(4, 3, 16, 16)
+    y, data = model(x), pickle.dumps(model)
+    assert len(data) < 1.2*len(pickle.dumps(create_model("resnet8")))
+    if elsewhere: monkeypatch.setattr("bnonly.layers.kernels", lambda: None)
+    loaded = pickle.loads(data)
+    convs = [m for m in loaded.modules() if isinstance(m, Conv2d)]
+    assert all((m.packs is None) == elsewhere for m in convs)
+    torch.testing.assert_close(loaded(x), y, rtol=1e-3, atol=1e-3)
+
+
+@needs_kernels
+def test_blocks_whose_weights_trained_in_between_are_not_computed_by_their_old_packs():
+    model = prepare_layers(freeze(create_model("resnet8"), "bn"), torch.float32).train()
+    x = images(16, 3, 32, 32)
+    freeze(model, "all")
+    opt = torch.optim.SGD(model.parameters(), lr=.5)
+    model(x).square().mean().backward()
+    opt.step()
+    freeze(model, "bn")
+    plain = create_model("resnet8").train()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-3, atol=1e-3)
+
+
+@needs_kernels
 def test_a_weight_that_trains_after_all_is_read_at_every_step():
     layer, x = (
         prepare_layers(Conv2d(32, 32, 3, padding=1, bias=False).requires_grad_(False), torch.float32),

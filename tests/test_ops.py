@@ -785,3 +785,27 @@ def test_two_processes_may_build_at_once(tmp_path):
 def test_a_misspelt_choice_of_kernels_is_an_error(monkeypatch):
     monkeypatch.setenv("BNONLY_KERNELS", "plian")
     with pytest.raises(ValueError, match="nearest is 'plain'"): kernels.__wrapped__()
+
+
+@needs_kernels
+@pytest.mark.parametrize("k,padding", [(3, 1), (1, 0)])
+def test_the_gradient_of_a_weight_that_mostly_meets_padding_is_whole(k, padding):
+    "Where PyTorch leaves some of it unwritten (bnonly.faults)."
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 16, 1, 1, generator=g).bfloat16()
+    w = torch.randn(8, 16, k, k, generator=g, requires_grad=True)
+    dirt = [torch.full((8, 16, k, k), torch.nan) for _ in range(50)]
+    del dirt   # what the memory holds before
+    y = ops.conv2d(x, w, None, None, None, (2, 2), (padding, padding))
+    y.float().sum().backward()
+    v = w.detach().double().requires_grad_()
+    torch.nn.functional.conv2d(x.double(), v, None, 2, padding).sum().backward()
+    torch.testing.assert_close(w.grad.double(), v.grad, rtol=2e-2, atol=2e-2)
+
+
+@needs_kernels
+def test_forward_derivatives_are_refused_and_not_zero():
+    x = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    mean, var = torch.zeros(16), torch.ones(16)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.func.jvp(lambda t: ops.batch_norm_act(t, None, None, None, mean, var, False), (x,), (torch.ones_like(x),))
