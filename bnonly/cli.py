@@ -221,6 +221,9 @@ def check_arguments(command: str, args: dict):
         if option in args and not low <= args[option] <= high:
             option, value = option.replace("_", "-"), args[option]
             raise ValueError(f"--{option} {value} is not possible; it must be between {low} and {high}.")
+    if os.environ.get("BNONLY_MARCH") and command in ("train", "study", "bench"):
+        from .native import march
+        march()   # once, and not by every run
 
 
 HELP = "\n".join(["usage: bnonly COMMAND [OPTIONS]", "", "Train BatchNorm and only BatchNorm: a literate study.", "",

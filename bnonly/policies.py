@@ -223,9 +223,6 @@ def _check_freezable(model):
         if isinstance(m, nn.parallel.DistributedDataParallel):
             raise ValueError("DistributedDataParallel keeps the list of what trains; "
                              "freeze the model before it is wrapped.")
-        if entries(m) and "forward" in vars(m):
-            raise ValueError("this model was prepared with random entries; "
-                             "make a new one with create_model and freeze that.")
 
 # %% ../nbs/03_policies.ipynb #098dcdc2
 def shared(model) -> dict:   # id of a parameter to the names of the places that use it

@@ -220,6 +220,16 @@ def test_what_nothing_can_be_done_with_is_refused(args, answer):
         main(args)
 
 
+def test_an_instruction_set_is_refused_before_any_run(monkeypatch):
+    monkeypatch.setenv("BNONLY_MARCH", "x86-64-v5")
+    with pytest.raises(SystemExit, match="BNONLY_MARCH 'x86-64-v5' is not one of .*the nearest is 'x86-64-v"):
+        main(["study", "demo"])
+    monkeypatch.setattr("bnonly.native.processor", lambda: "flags : sse2 avx2")
+    monkeypatch.setenv("BNONLY_MARCH", "x86-64-v4")
+    with pytest.raises(SystemExit, match="'x86-64-v4' needs avx512vl, which this processor has not"):
+        main(["study", "demo"])
+
+
 @pytest.mark.parametrize(
     "error,answer",
     [
