@@ -84,7 +84,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'bnonly.data.Batches.__init__': ('data.html#batches.__init__', 'bnonly/data.py'),
                              'bnonly.data.Batches.__iter__': ('data.html#batches.__iter__', 'bnonly/data.py'),
                              'bnonly.data.Batches.in_order': ('data.html#batches.in_order', 'bnonly/data.py'),
-                             'bnonly.data.Batches.padded': ('data.html#batches.padded', 'bnonly/data.py'),
                              'bnonly.data.Batches.shuffled': ('data.html#batches.shuffled', 'bnonly/data.py'),
                              'bnonly.data.Data': ('data.html#data', 'bnonly/data.py'),
                              'bnonly.data.Data.__post_init__': ('data.html#data.__post_init__', 'bnonly/data.py'),

@@ -193,8 +193,8 @@ def settling(study: str|None = None, small: float = .01, **only) -> pd.DataFrame
     """When each channel with a ReLU settled, for the runs that kept a trajectory.
 
     Columns: role; silent and small: since when the ReLU is silent and |gamma| below `small`, as a share of the run
-    (NaN: not at its end); began and then: |gamma| at the start, and at the first look at the ReLU that is silent since
-    (NaN: never); and the spec of the run.
+    (NaN: not at its end); gamma_at_start; gamma_when_silent, at the first look at which the ReLU is silent for good
+    (NaN: never), both |gamma|; and the spec of the run.
     """
     tables = []
     for saved, run in _analysed(study, only):
@@ -204,8 +204,8 @@ def settling(study: str|None = None, small: float = .01, **only) -> pd.DataFrame
         at, gamma = seen["epoch"]/seen["epoch"][-1], np.abs(seen["gamma"].astype(float))
         silent = settled(seen["zero"] > SILENT, at)
         look = np.searchsorted(at, np.nan_to_num(silent))
-        then = np.where(np.isnan(silent), np.nan, np.take_along_axis(gamma, look[None], 0)[0])
-        table = pd.DataFrame(dict(role=saved["role"], silent=silent, small=settled(gamma < small, at), began=gamma[0],
-                                  then=then))
+        when_silent = np.where(np.isnan(silent), np.nan, np.take_along_axis(gamma, look[None], 0)[0])
+        table = pd.DataFrame(dict(role=saved["role"], silent=silent, small=settled(gamma < small, at),
+                                  gamma_at_start=gamma[0], gamma_when_silent=when_silent))
         tables.append(table[~np.isnan(seen["zero"][-1])].assign(**run))
-    return _stack(tables, ("role", "silent", "small", "began", "then"))
+    return _stack(tables, ("role", "silent", "small", "gamma_at_start", "gamma_when_silent"))

@@ -12,7 +12,6 @@ __all__ = ['CIFAR10_SIZE', 'TINY_SIZE', 'LOADERS', 'SHAPES', 'Images', 'fault', 
 import hashlib, os, warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 # %% ../nbs/01_data.ipynb #c12cb7d0
@@ -241,9 +240,6 @@ class Batches(Loader):
         self.pad, self.flip = (data.pad, data.flip) if train else (0, False)
         self.affine = affine(data, images.x[0, ..., 0].numel(), device)
         self.device, self.epoch = torch.device(device), 0
-
-    @cached_property
-    def padded(self): return padded(self.images.x, self.pad)   # all images
 
     def __iter__(self) -> Iterator:   # of (x float32 [B, C, H, W] channels_last, y int64 [B])
         epoch, self.epoch = self.epoch, self.epoch + 1

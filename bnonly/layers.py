@@ -28,18 +28,24 @@ def _on_cpu(x, *parameters) -> bool:   # images and parameters of a layer
     return x.dim() == 4 and x.numel() > 0 and all(t is None or t.device.type == "cpu" for t in (x, *parameters))
 
 
+def _current(packs, weight) -> dict:
+    "The packs of a weight; none any more once it trains."
+    if packs and weight.requires_grad: packs.clear()
+    return packs or {}
+
+
 @fx.wrap
 def convolution(x, weight, bias, stride, padding, dilation, groups, dtype=None, rival=None, packs=None):
     "A convolution; rival: as `ops.rival` gives it, None for the definition; packs: as `Conv2d.pack` gives them."
     if weight.dtype != torch.float32: dtype = None   # the module was moved to another
-    if packs and weight.requires_grad: packs.clear()   # it trains after all
+    packs = _current(packs, weight)
     (x,) = _cast(dtype, x)
     if rival and dtype == x.dtype and _on_cpu(x, weight, bias) and x.shape[1] == weight.shape[1]*groups:
         size = ops.output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
         shape, trains, geometry = weight.shape, weight.requires_grad, (stride, padding, dilation, groups)
         how = ops.conv_algorithm(rival, shape, trains, *geometry, len(x), size)
         if min(size) > 0 and (how != "pytorch" or not trains):
-            packed = (packs or {}).get(how, (None, None))
+            packed = packs.get(how, (None, None))
             return ops.conv2d(x, packs["weight"] if packs else weight, bias, *packed, *geometry, how)
     return safe_conv2d(x, *_cast(dtype, weight, bias), stride, padding, dilation, groups)
 
@@ -104,9 +110,8 @@ def residual_blocks(x, affine, weights, running, counts, momenta, eps, packs, dt
             and all(ours(t) and t.is_contiguous() and t.shape == x.shape[1:2] for t in (*affine, *running))
             and all(ours(w) and w.shape[:2] == (x.shape[1],)*2 and fast(w) for w in weights)):
         for count in counts: count.add_(1)
-        for trains in [p for p, w in zip(packs, weights) if p and w.requires_grad]: trains.clear()   # after all
-        frozen = all(packs) and not any(w.requires_grad for w in weights)
-        packed = [p["winograd"][back] for back in (0, 1) for p in packs] if frozen else ()
+        packs = [_current(p, w) for p, w in zip(packs, weights)]
+        packed = [p["winograd"][back] for back in (0, 1) for p in packs] if all(packs) else ()
         return ops.basic_blocks(x, affine, weights, running, momenta, eps, packed)
     for i in range(0, len(weights), 2):
         y = x
@@ -123,14 +128,16 @@ class Prepared:
     compute_dtype = None   # in which it computes; None: in that of its input
     rival = None           # as `ops.rival` gives it; None: the operators are not used
 
-    def prepare(self, dtype, rival): self.compute_dtype, self.rival = dtype, rival
+    def prepare(self, dtype):
+        on_cpu = all(p.device.type == "cpu" for p in self.parameters())
+        fused = kernels() is not None and dtype in ops.DTYPES and on_cpu
+        self.compute_dtype, self.rival = dtype, ops.rival(dtype) if fused else None
 
     def __getstate__(self): return {name: value for name, value in super().__getstate__().items() if name != "packs"}
 
-    def __setstate__(self, state):
-        "Another processor may have other kernels, or none: a copy is prepared anew."
+    def __setstate__(self, state):   # a copy is prepared anew: another processor has other kernels, or none
         super().__setstate__(state)
-        if self.rival is not None: self.prepare(self.compute_dtype, _rival_of(self, self.compute_dtype))
+        if self.rival is not None: self.prepare(self.compute_dtype)
 
 
 class BatchNormAct(Prepared, nn.BatchNorm2d):
@@ -197,9 +204,9 @@ class Conv2d(Prepared, nn.Conv2d):
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_post_hook(_pack_again)
 
-    def prepare(self, dtype, rival):
-        super().prepare(dtype, rival)
-        frozen = rival is not None and not parametrize.is_parametrized(self) and not self.weight.requires_grad
+    def prepare(self, dtype):
+        super().prepare(dtype)
+        frozen = self.rival is not None and not parametrize.is_parametrized(self) and not self.weight.requires_grad
         self.packs = self.pack() if frozen and not isinstance(self.padding, str) else None
 
     def pack(self) -> dict:
@@ -224,8 +231,7 @@ class Conv2d(Prepared, nn.Conv2d):
                            self.compute_dtype, self.rival, self.packs)
 
 
-def _pack_again(conv, _):
-    "After other weights were loaded."
+def _pack_again(conv, _):   # after other weights were loaded
     if conv.packs: conv.packs = conv.pack()
 
 
@@ -290,11 +296,5 @@ def prepare_layers(model:nn.Module,      # frozen by its policy, on its device
                   ) -> nn.Module:        # the same model
     "Let the layers compute in `dtype`, by the operators where there are kernels. Frozen weights then rest."
     for m in model.modules():
-        if isinstance(m, kinds): m.prepare(dtype, _rival_of(m, dtype))
+        if isinstance(m, kinds): m.prepare(dtype)
     return model
-
-
-def _rival_of(m, dtype) -> str | None:
-    "As `ops.rival` gives it, for a layer that the kernels can compute; None for others."
-    fused = kernels() is not None and dtype in ops.DTYPES and all(p.device.type == "cpu" for p in m.parameters())
-    return ops.rival(dtype) if fused else None

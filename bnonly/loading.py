@@ -69,7 +69,6 @@ class Loader:
         made = copy.copy(self)
         if shuffle is False: made.train = False
         if dataset is None: return made
-        vars(made).pop("padded", None)
         if self.images is not None and hasattr(self.images, "x"): made.shape = tuple(self.images.x.shape[1:])
         if not isinstance(dataset, Pairs): made.images = made.unlabelled(dataset)
         elif dataset.images is None: made.images = made.data = None
@@ -87,7 +86,6 @@ class Loader:
         "Move what makes the batches."
         self.device, self.affine = torch.device(device), tuple(o.to(device) for o in self.affine)
         if self.images is not None: self.images = self.images.to(device)
-        vars(self).pop("padded", None)
         return self
 
     def to_detach(self, b, cpu=True, gather=False):

@@ -32,12 +32,13 @@ def processor() -> str:
 
 
 def march() -> str:
-    """The instruction set to build for: $BNONLY_MARCH, by default all that this processor has; `ValueError` for one that
-    does not exist or that it has not."""
+    """The instruction set to build for: $BNONLY_MARCH, by default all that this processor has.
+
+    `ValueError` for one that does not exist, or that this processor does not have."""
     name = choose("BNONLY_MARCH", os.environ.get("BNONLY_MARCH") or "native", MARCHES)
     needed = dict(zip(MARCHES[1:3], ("avx512vl", "avx2"))).get(name)
     if needed and needed not in processor().split():
-        raise ValueError(f"BNONLY_MARCH {name!r} needs {needed}, which this processor has not; the nearest is 'native'.")
+        raise ValueError(f"BNONLY_MARCH {name!r} needs {needed}, which is not here; the nearest is 'native'.")
     return name
 
 

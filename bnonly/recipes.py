@@ -1,4 +1,4 @@
-"""Which runs stand beside each other in a figure: networks of one family, runs of one recipe, and the paper's numbers."""
+"""Which runs stand beside each other in a figure: networks of a family, runs of a recipe, and the paper's numbers."""
 import pandas as pd
 
 from .experiment import Spec, parse_arch

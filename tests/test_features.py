@@ -222,8 +222,8 @@ def test_when_a_channel_falls_silent_and_how_large_its_gamma_was_then(tmp_path):
     t = settling(here)
     assert t.silent.tolist()[:4] == pytest.approx([.75, 0, np.nan, np.nan], nan_ok=True)
     assert t.small.tolist()[:4] == pytest.approx([.75, np.nan, np.nan, np.nan], nan_ok=True)
-    assert t.then.tolist()[:4] == pytest.approx([.005, .2, np.nan, np.nan], nan_ok=True, rel=1e-3)
-    assert t.began.tolist()[:4] == pytest.approx([1, .2, 1, .5], rel=1e-3)
+    assert t.gamma_when_silent.tolist()[:4] == pytest.approx([.005, .2, np.nan, np.nan], nan_ok=True, rel=1e-3)
+    assert t.gamma_at_start.tolist()[:4] == pytest.approx([1, .2, 1, .5], rel=1e-3)
 
 
 def test_other_images_than_those_of_the_training_do_not_count(study, monkeypatch):
