@@ -21,7 +21,7 @@ def _convolve(x, weight, bias, packed, size, stride, padding, algorithm, back=Fa
     if packed is None: packed = pack_weight(weight.to(x.dtype), algorithm, back, stride, padding)
     if bias is not None: bias = bias.to(x.dtype).contiguous()
     scale, u, C = packed_scale(packed), packed.data_ptr() + PACK_HEADER, x.shape[1]
-    y, where = empty_channels_last(x, len(x), channels, *size), (len(x), *x.shape[2:], C)
+    y, where = empty_channels_last(x, x.shape[0], channels, *size), (x.shape[0], *x.shape[2:], C)
     if algorithm == "winograd":
         own.winograd(x.data_ptr(), u, ptr(bias), y.data_ptr(), scale, *where, channels, threads)
         return y
@@ -75,7 +75,7 @@ def _pytorch_gradients(dy, x, weight, stride, padding, dilation, groups, of):   
 def _conv_input_compute(dy, weight, packed, size, stride, padding, dilation, groups, algorithm):
     if algorithm != "pytorch" and weight.shape[1] % 16 == 0:
         return _convolve(dy, weight, None, packed, size, stride[0], padding[0], algorithm, back=True)
-    never_read = empty_channels_last(dy, len(dy), weight.shape[1]*groups, *size)
+    never_read = empty_channels_last(dy, dy.shape[0], weight.shape[1]*groups, *size)
     how = stride, padding, dilation, groups
     return channels_last(_pytorch_gradients(dy, never_read, weight.to(dy.dtype), *how, of=0))
 
@@ -94,7 +94,7 @@ def _conv_weight_compute(dy, x, weight, stride, padding, dilation, groups, algor
         found.copy_(_pytorch_gradients(dy, x, part, stride, padding, dilation, groups, of=1))
         return dw
     x, dy, own, (O, C, K, _) = channels_last(x), channels_last(dy, x.dtype), kernels()[x.dtype], weight.shape
-    at, where, threads = Entry(*dw.stride()), (len(x), *x.shape[2:], C), torch.get_num_threads()
+    at, where, threads = Entry(*dw.stride()), (x.shape[0], *x.shape[2:], C), torch.get_num_threads()
     given = x.data_ptr(), dy.data_ptr(), dw.data_ptr(), ctypes.byref(at)
     if algorithm == "winograd": own.winograd_gradient(*given, *where, O, threads)
     else: own.direct_gradient(*given, *where, *dy.shape[2:], O, K, stride[0], padding[0], threads)
@@ -144,7 +144,7 @@ def sparse_linear_reference(x, values, weight, index, bias=None):
 def _entries_compute(dy, x, index, kernel, stride, padding):
     x, dy = channels_last(x), channels_last(dy, x.dtype)
     out = x.new_empty(len(index), dtype=torch.float32)
-    sizes = len(x), *x.shape[2:], x.shape[1], *dy.shape[2:], dy.shape[1]
+    sizes = x.shape[0], *x.shape[2:], x.shape[1], *dy.shape[2:], dy.shape[1]
     kernels()[x.dtype].entries(x.data_ptr(), dy.data_ptr(), index.data_ptr(), out.data_ptr(), len(index), *sizes,
                                kernel, stride, padding, torch.get_num_threads())
     return out

@@ -1,10 +1,10 @@
 """The layers of the networks: PyTorch's modules, which call the operators of `bnonly.ops` once they are prepared.
 
 As they are built they compute what their base classes compute. `prepare_layers` tells them in which dtype to compute,
-lets them call the operators where they are on a CPU and there are compiled kernels, and packs each frozen weight.
-From then on frozen weights must not change: whoever changes one prepares the network again (`load_state_dict` does).
-What an operator does not take (another dtype, device or layout) is left to its definition.
-The functions in front of the classes take tensors alone, and are one step of a trace by `torch.fx`.
+lets them call the operators where they are on a CPU and there are compiled kernels, and packs each frozen weight, which
+must then not change in place: whoever changes one prepares the network again (`load_state_dict` does). What an operator
+does not take is left to its definition. `torch.func.grad` takes no operator of `torch.library` with a gradient of its
+own, and needs a network that is not prepared. The functions in front of the classes are one step of a trace each.
 """
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,9 @@ def _on_cpu(x, *parameters) -> bool:   # images and parameters of a layer
 
 
 def _current(packs, weight) -> dict:
-    "The packs of a weight; none any more once it trains."
+    "The packs of a weight; none any more once it trains, and none where another stands in its place."
     if packs and weight.requires_grad: packs.clear()
-    return packs or {}
+    return packs if packs and packs["of"] is weight else {}
 
 
 @fx.wrap
@@ -43,7 +43,7 @@ def convolution(x, weight, bias, stride, padding, dilation, groups, dtype=None, 
     if rival and dtype == x.dtype and _on_cpu(x, weight, bias) and x.shape[1] == weight.shape[1]*groups:
         size = ops.output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
         shape, trains, geometry = weight.shape, weight.requires_grad, (stride, padding, dilation, groups)
-        how = ops.conv_algorithm(rival, shape, trains, *geometry, len(x), size)
+        how = ops.conv_algorithm(rival, shape, trains, *geometry, x.shape[0], size)
         if min(size) > 0 and (how != "pytorch" or not trains):
             packed = packs.get(how, (None, None))
             return ops.conv2d(x, packs["weight"] if packs else weight, bias, *packed, *geometry, how)
@@ -58,7 +58,7 @@ def sparse_convolution(x, values, weight, index, bias, stride, padding, dtype, r
     if dtype != x.dtype or not _on_cpu(x, weight, bias):
         return ops.sparse_conv2d_reference(x, values, *_cast(dtype, weight), index, bias, stride, padding)
     size = ops.output_size(x.shape[2:], weight.shape[2:], stride, padding)
-    how = ops.conv_algorithm(rival, weight.shape, False, stride, padding, (1, 1), 1, len(x), size)
+    how = ops.conv_algorithm(rival, weight.shape, False, stride, padding, (1, 1), 1, x.shape[0], size)
     return ops.sparse_conv2d(x, values, weight, index, bias, stride, padding, how)
 
 
@@ -103,15 +103,15 @@ def max_pool(x, kernel, stride, padding, dilation, ceil_mode):
 @fx.wrap
 def residual_blocks(x, affine, weights, running, counts, momenta, eps, packs, dtype, rival):
     "Residual blocks of two convolutions [C, C, 3, 3], each with BatchNorm and ReLU, in training: at best one operator."
-    same = ((1, 1),)*3
-    def fast(w): return ops.conv_algorithm(rival, w.shape, w.requires_grad, *same, 1, len(x), x.shape[2:]) == "winograd"
+    same, images = ((1, 1),)*3, (x.shape[0], x.shape[2:])
+    def fast(w): return ops.conv_algorithm(rival, w.shape, w.requires_grad, *same, 1, *images) == "winograd"
     def ours(t): return t.device.type == "cpu" and t.dtype == torch.float32
     if (x.dtype == dtype and _on_cpu(x) and x.stride(1) == 1 and x.numel() > x.shape[1]
             and all(ours(t) and t.is_contiguous() and t.shape == x.shape[1:2] for t in (*affine, *running))
             and all(ours(w) and w.shape[:2] == (x.shape[1],)*2 and fast(w) for w in weights)):
         for count in counts: count.add_(1)
-        packs = [_current(p, w) for p, w in zip(packs, weights)]
-        packed = [p["winograd"][back] for back in (0, 1) for p in packs] if all(packs) else ()
+        packed = [*map(_current, packs, weights)]
+        packed = [p["winograd"][back] for back in (0, 1) for p in packed] if all(packed) else ()
         return ops.basic_blocks(x, affine, weights, running, momenta, eps, packed)
     for i in range(0, len(weights), 2):
         y = x
@@ -213,19 +213,19 @@ class Conv2d(Prepared, nn.Conv2d):
         "The frozen weight in the dtype in which it computes, and for each kernel that may be chosen, both ways."
         weight = self.weight.detach().to(self.compute_dtype)
         geometry = self.stride, self.padding, self.dilation, self.groups
-        best = ops.conv_algorithm(self.rival, weight.shape, False, *geometry)
+        best, both = ops.conv_algorithm(self.rival, weight.shape, False, *geometry), weight.shape[1] % 16 == 0
         algorithms = [] if best == "pytorch" else [best]
         if best == "winograd" and self.rival == "none": algorithms.append("direct")   # of small images
-        def pack(algorithm, back): return ops.pack_weight(weight, algorithm, back, self.stride[0], self.padding[0])
-        back = weight.shape[1] % 16 == 0
-        return dict(weight=weight) | {a: (pack(a, False), pack(a, True) if back else None) for a in algorithms}
+        def pack(name, back): return ops.pack_weight(weight, name, back, self.stride[0], self.padding[0])
+        packs = {name: (pack(name, False), pack(name, True) if both else None) for name in algorithms}
+        return packs | dict(of=self.weight, weight=weight)
 
     def forward(self,
                 x   # [N, in_channels, H, W]
                ):   # [N, out_channels, H', W']
         if self.rival and has_sparse_weight(self):
-            return sparse_convolution(x, *_entries(self), self.bias, self.stride, self.padding, self.compute_dtype,
-                                      self.rival)
+            how = self.stride, self.padding, self.compute_dtype, self.rival
+            return sparse_convolution(x, *_entries(self), self.bias, *how)
         if self.padding_mode != "zeros" or isinstance(self.padding, str): return super().forward(x)
         return convolution(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
                            self.compute_dtype, self.rival, self.packs)

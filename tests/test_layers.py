@@ -8,6 +8,7 @@ import statistics
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from bnonly.data import load_data, loaders
 from bnonly.experiment import Spec
@@ -123,6 +124,33 @@ def test_a_weight_that_trains_after_all_is_read_at_every_step():
     torch.optim.SGD([layer.weight], lr=1e-4, fused=True).step()
     layer.weight.requires_grad_(False)
     torch.testing.assert_close(layer(x), torch.conv2d(x, layer.weight, padding=1), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("arch", ["resnet8", "vgg11"])
+def test_weights_in_the_place_of_those_that_are_packed_are_used(arch):
+    "Put there for one call, by a parametrization, or by pruning."
+    plain, fast, x = twins(arch=arch)
+    other = create_model(arch, seed=1).state_dict()
+    given, wanted = (torch.func.functional_call(net, other, (x,)) for net in (fast, plain))
+    torch.testing.assert_close(given, wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fast(x), plain(x), rtol=1e-3, atol=1e-3)   # packed as before
+    for net in (plain, fast):
+        convs = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+        prune.custom_from_mask(convs[1], "weight", (convs[1].weight > 0).float())
+        torch.nn.utils.parametrizations.weight_norm(convs[2])
+    torch.testing.assert_close(fast(x), plain(x), rtol=1e-3, atol=1e-3)
+
+
+@needs_kernels
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_an_export_takes_any_number_of_images(training):
+    _, fast, x = twins()
+    fast.train(training)
+    some = {0: torch.export.Dim("images", min=2, max=512)}
+    exported = torch.export.export(copy.deepcopy(fast), (x,), dynamic_shapes=(some,))
+    more = images(3*len(x), *x.shape[1:])
+    torch.testing.assert_close(exported.module()(more), fast(more))
 
 
 @needs_winograd16
