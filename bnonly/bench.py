@@ -19,7 +19,7 @@ from . import ops
 from .bounds import peak_rates, work
 from .data import load_data
 from .experiment import Spec, parse_arch, parse_policy, root, run_dir, runs_dir, write
-from .machine import default_device, machine
+from .machine import commit, default_device, machine
 from .models import create_model
 from .native import kernels
 from .peers import IDEAS, candidates, multiplies_bfloat16, processes, take_turns
@@ -66,6 +66,7 @@ def row_in_words(r:dict) -> str:   # r: a row of `bench`, `bench_ideas`, `bench_
         return f"{r['arch']} {r['policy']}, {r['pixels']} pixels: {r['milliseconds_per_image']} ms an image"
     if "goal" in r: return f"{r['what']}: {r['measured']:,} (the goal, on one H200: {r['goal']:,})"
     own = f"{r['images_per_second']:,.0f} images/s ({r['low']:,.0f} to {r['high']:,.0f}"
+    if "before" in r: return f"{r['arch']} {r['policy']}: {own}), {r['ratio']:.3f} times as many as before"
     if "idea" in r: return f"{r['arch']} {r['policy']}, {r['idea']}: {own})"
     times = ", ".join(f"{p['ratio']:.2f} times {n}" for n,p in r["peers"].items())
     return (f"{r['arch']} {r['policy']}: {own}, {r['dtype']}), {times}; {r['step_ms']} ms a step where the machine's "
@@ -109,6 +110,24 @@ LIMITS = "BNONLY_MARCH", "BNONLY_KERNELS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPAB
 
 
 def processor_name(device, found): return f"cpu,{found['kernels']}" if device.type == "cpu" else device.type
+
+
+# -------- the step before a change
+
+def bench_before(before:str,     # a checkout of another commit of this package
+                 archs=_ARCHS, policies=_POLICIES, rounds:int=3, say=print) -> dict:   # the record
+    "Time our step beside that of another commit, and keep the record; `ValueError` for what is no such checkout."
+    for a,p in product(archs, policies): parse_arch(a), parse_policy(p)
+    if not (Path(before)/"bnonly/peers.py").exists():
+        raise ValueError(f"--before {before!r} has no bnonly/peers.py; name a checkout of this package.")
+    rows = []
+    with processes(["bnonly"]) as now, processes(["bnonly"], package=before) as then:
+        for a,p in product(archs, policies):
+            own, other = take_turns(dict(now=now["bnonly"], before=then["bnonly"]), a, p, rounds).values()
+            ratio = round(own["images_per_second"]/other["images_per_second"], 3)
+            rows.append(dict(arch=a, policy=p, **own, before=other, ratio=ratio))
+            say(rows[-1])
+    return keep_benchmark(",before", rows, before=commit(Path(before)))
 
 
 # -------- the ideas of a step, one after the other

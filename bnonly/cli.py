@@ -152,6 +152,7 @@ def explore_command(port: int = 8866):   # of the page on this machine
 def bench_command(archs: str = "resnet14,resnet56,wrn14-4,vgg11",   # networks
                   policies: str = "bn,all,random2",   # what trains
                   open_lth: str = "",      # a checkout of the authors' framework, to time it too
+                  before: str = "",        # a checkout of another commit of this package, to time it alone beside ours
                   rounds: int = 4,         # turns of each candidate
                   ideas: bool = False,     # time what each idea gives instead
                   kernels: bool = False,   # time each kernel beside PyTorch's operator instead
@@ -159,13 +160,15 @@ def bench_command(archs: str = "resnet14,resnet56,wrn14-4,vgg11",   # networks
                   steps: bool = False,     # time one thread's steps of many networks instead, which price a study
                   json: bool = False):     # print a JSON line for each row
     "Time a training step beside what one would use instead."
-    from .bench import bench, bench_goals, bench_ideas, bench_kernels, bench_steps, row_in_words
+    from .bench import bench, bench_before, bench_goals, bench_ideas, bench_kernels, bench_steps, row_in_words
     say = lambda row: print(jsons.dumps(row) if json else row_in_words(row), flush=True)
     if ideas:
         return bench_ideas(rounds=rounds, say=say)
     for asked, other in ((kernels, bench_kernels), (goals, bench_goals), (steps, bench_steps)):
         if asked:
             return other(say=say)
+    if before:
+        return bench_before(before, archs.split(","), policies.split(","), rounds, say)
     bench(archs.split(","), policies.split(","), open_lth, rounds, say)
 
 

@@ -40,9 +40,8 @@ def machine(device: torch.device) -> dict:
                 kernels=own[torch.float32].instructions if own else "plain", commit=commit())
 
 
-def commit() -> str | None:
-    "The commit of the checkout that is run, with a + where tracked files differ from it; None outside of a checkout."
-    home = Path(__file__).resolve().parents[1]
+def commit(home: Path = Path(__file__).resolve().parents[1]) -> str | None:
+    "The commit of a checkout, by default the one that is run; a + where tracked files differ; None where it is none."
     if not (home/"nbs").is_dir(): return None   # installed, perhaps below another project's repository
     def git(*args):
         command = ["git", "-C", str(home), *args]

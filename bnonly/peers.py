@@ -240,12 +240,13 @@ def seconds_of(ends:list) -> list:
 
 
 class Process:
-    "A candidate in a process of its own."
-    def __init__(self, *args):
+    "A candidate in a process of its own; package: a checkout of this package in whose code it is, by default this."
+    def __init__(self, *args, package=None):
         code = f"from bnonly.peers import worker; worker(*{args!r})"
         self.name, pipe = args[0], subprocess.PIPE
         command = [sys.executable, "-W", "ignore::FutureWarning", "-c", code]   # fastai 2.8 decorates with jit.script
-        self.pipe = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True,
+        env = os.environ | (dict(PYTHONPATH=str(package)) if package else {})
+        self.pipe = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env, cwd=package,
                                      start_new_session=True)   # Ctrl-C reaches the parent alone, which ends it
 
     def tell(self, what): print(json.dumps(what), file=self.pipe.stdin, flush=True)
@@ -265,9 +266,9 @@ class Process:
 
 
 @contextmanager
-def processes(names, open_lth=None):   # yields name to Process
+def processes(names, open_lth=None, package=None):   # yields name to Process
     "A process for each candidate, ended at the end."
-    found = {n: Process(n, *([str(open_lth)] if n == "open_lth" else [])) for n in names}
+    found = {n: Process(n, *([str(open_lth)] if n == "open_lth" else []), package=package) for n in names}
     try: yield found
     finally:
         for p in found.values(): p.pipe.stdin.close()

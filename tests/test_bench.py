@@ -1,8 +1,10 @@
 "The benchmark from the command line, and what stands between the shell and the first step."
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,11 +39,24 @@ def test_a_row_of_the_benchmark(capsys, monkeypatch):
         (["--archs", "resnet57"], "the nearest is 'resnet56'"),
         (["--policies", "bm"], "the nearest is 'bn'"),
         (["--open-lth", "nowhere"], "name a checkout"),
+        (["--before", "nowhere"], "name a checkout"),
     ],
 )
 def test_the_benchmark_refuses_a_mistake_before_it_starts(argv, answer):
     with pytest.raises(SystemExit, match=answer):
         main(["bench", *argv])
+
+
+def test_a_step_beside_that_of_another_commit(capsys, tmp_path):
+    "Here of this one, from a copy, whose kernels are those of this one."
+    copy = shutil.copytree(Path(__file__).parents[1] / "bnonly", tmp_path / "bnonly").parent
+    main(["bench", "--before", str(copy), "--archs", "resnet8", "--policies", "bn", "--rounds", "1", "--json"])
+    row = json.loads(capsys.readouterr().out)
+    assert row["ratio"] == round(row["images_per_second"] / row["before"]["images_per_second"], 3)
+    written, = (runs_dir() / "bench").glob("*,before.json")
+    assert json.loads(written.read_text())["rows"] == [row] and json.loads(written.read_text())["before"] is None
+    with processes(["bnonly"], package=copy) as found:
+        assert os.path.samefile(f"/proc/{found['bnonly'].pipe.pid}/cwd", copy)
 
 
 def test_a_benchmark_that_is_cut_off_says_so(monkeypatch):
