@@ -1,4 +1,7 @@
-"""The compiled kernels of `csrc/`: built at first use for this processor, cached, and loaded with ctypes."""
+"""The compiled kernels of `csrc/`: built at first use for this processor, cached, and loaded with ctypes.
+
+A library is code that runs as its user, so it is kept in a folder of that user's own, and neither is used where
+somebody else owns it or may write to it."""
 import ctypes
 import hashlib
 import os
@@ -20,7 +23,7 @@ __all__ = ["CSRC", "MARCHES", "Direct", "Entry", "Kernels", "Layer", "Norm", "co
 
 CSRC = Path(__file__).parent/"csrc"
 MARCHES = "native", "x86-64-v4", "x86-64-v3", "x86-64-v2"   # what $BNONLY_MARCH may hold the kernels to: gcc's -march
-# psabi: nothing with vectors is exported
+# -Wno-psabi: vectors longer than a register are passed only between functions of the library
 FLAGS = "-std=c++17 -O3 -fopenmp -shared -fPIC -Wall -Wextra -Wno-psabi".split()
 
 
@@ -28,7 +31,8 @@ def processor() -> str:
     "What machine code depends on: this processor's model and features."
     try: lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError: return platform.machine() + platform.processor()
-    return "\n".join(l for l in lines if l.split(":")[0].strip() in ("model name", "flags", "Features", "CPU part"))
+    said = "model name", "flags", "Features", "CPU implementer", "CPU part"   # the last three on ARM
+    return "\n".join(l for l in lines if l.split(":")[0].strip() in said)
 
 
 def march() -> str:
@@ -36,33 +40,69 @@ def march() -> str:
 
     `ValueError` for one that does not exist, or that this processor does not have."""
     name = choose("BNONLY_MARCH", os.environ.get("BNONLY_MARCH") or "native", MARCHES)
-    needed = dict(zip(MARCHES[1:3], ("avx512vl", "avx2"))).get(name)
+    needed = dict(zip(MARCHES[1:], ("avx512vl", "avx2", "sse4_2"))).get(name)
     if needed and needed not in processor().split():
         raise ValueError(f"BNONLY_MARCH {name!r} needs {needed}, which is not here; the nearest is 'native'.")
     return name
 
 
+def run_compiler(compiler:str, *arguments:str) -> subprocess.CompletedProcess:
+    "Run the compiler, which may have arguments of its own, with messages in English."
+    return subprocess.run([*shlex.split(compiler), *arguments], capture_output=True, text=True, errors="replace",
+                          timeout=300, env=os.environ | {"LC_ALL": "C"})
+
+
+def compiler_version(compiler:str) -> str:
+    "The compiler's version in its own words: unlike its file's size and time, true behind a wrapper such as ccache."
+    return run_compiler(compiler, "--version").stdout.partition("\n")[0]
+
+
+def check_private(path:Path):
+    "`RuntimeError` where another user than root owns a file or folder, or may write to it."
+    if not hasattr(os, "geteuid"): return   # Windows, where a home belongs to its user alone
+    status = path.stat()
+    if status.st_uid not in (os.geteuid(), 0): fault = f"{path} belongs to another user (uid {status.st_uid})"
+    elif status.st_mode & 0o022: fault = f"others may write to {path}"
+    else: return
+    raise RuntimeError(f"{fault}; remove it, or set BNONLY_CACHE to a folder where only you may write")
+
+
+def library_folder() -> Path:
+    """This user's folder of compiled libraries, made where it is missing; `RuntimeError` where it is not private.
+
+    The folder above it may be shared, or be from a version that let the group write there."""
+    folder = cache_dir()/f"kernels-{os.geteuid() if hasattr(os, 'geteuid') else 'own'}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)   # whatever the umask is
+    check_private(folder)
+    return folder
+
+
+def library_name(compiler:str, flags:list) -> str:
+    "A file name that is another one for other sources, another processor, compiler or version of it, or other flags."
+    sources = [f.read_text("utf-8") for f in sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cpp")])]
+    key = "\n".join([*sources, processor(), compiler, compiler_version(compiler), *flags])
+    return f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+
+
 def compile_library(compiler:str, flags:tuple=()) -> Path:
-    "The compiled library, built where it is not in the cache yet; `RuntimeError` with the compiler's first error."
-    files = sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cpp")])
+    """The compiled library, built where it is not in the cache yet; `RuntimeError` with the compiler's first error, or
+    where another user could change the library."""
     flags = [*FLAGS, f"-march={march()}", *flags]
-    sources = "\n".join(f.read_text("utf-8") for f in files)
-    key = "\n".join([sources, processor(), torch.__version__, compiler, *flags])
-    folder = cache_dir()
-    library = folder/f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if library.exists(): return library
-    folder.mkdir(parents=True, exist_ok=True)
-    logger.info("compiling the kernels for this processor, once")
-    with tempfile.TemporaryDirectory(dir=folder) as tmp:   # renamed when whole, so that two may build at once
-        out = Path(tmp)/"kernels.so"
-        command = [*shlex.split(compiler), *flags, str(CSRC/"kernels.cpp"), "-o", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            lines, ended = done.stderr.splitlines(), f"{compiler} ended with {done.returncode}"
-            error = next((line for line in lines if "error" in line), ended)
-            raise RuntimeError(error)
-        with open(out, "rb") as f: os.fsync(f)
-        os.replace(out, library)
+    folder = library_folder()
+    library = folder/library_name(compiler, flags)
+    if not library.exists():
+        logger.info("compiling the kernels for this processor, once")
+        with tempfile.TemporaryDirectory(dir=folder) as tmp:   # renamed when whole, so that two may build at once
+            out = Path(tmp)/"kernels.so"
+            done = run_compiler(compiler, *flags, str(CSRC/"kernels.cpp"), "-o", str(out))
+            if done.returncode:
+                ended = f"{compiler} ended with {done.returncode}"
+                raise RuntimeError(next((line for line in done.stderr.splitlines() if "error" in line), ended))
+            with open(out, "rb") as f: os.fsync(f)
+            os.chmod(out, 0o700)
+            os.replace(out, library)
+    for path in (folder, library): check_private(path)
     return library
 
 
@@ -115,7 +155,8 @@ def kernels() -> dict|None:
     if asked and choose("BNONLY_KERNELS", asked, ("fused", "plain")) == "plain": return None
     try: found = load()
     except (RuntimeError, OSError, subprocess.SubprocessError) as e:
-        return logger.warning("no compiled kernels (%s), training is slower", str(e).splitlines()[0])
+        logger.warning("no compiled kernels (%s), training is slower", str(e).splitlines()[0])
+        return None
     return found if asked or found[torch.float32].instructions != "baseline" else None
 
 
