@@ -2,50 +2,62 @@
 #pragma once
 #include "vec.h"
 
-// What Python gives of a BatchNorm, each [C]; null where there is none, or where it is not wanted.
+// What Python gives of a BatchNorm, each array [C]; null where there is none, or where it is not wanted.
 struct Norm {
     const float *weight, *bias;
     float *running_mean, *running_var, *mean, *inv_std, *dweight, *dbias;
     double momentum, eps;
 };
 
-// Folds several pixels into one row of W numbers (a multiple of four vectors) and cuts the rows into chunks, whatever
-// the number of threads. Functions run on whole rows with vectors (V) and, for the rest below one row, on single
-// numbers (float).
+constexpr long CHUNK = 32768;   // numbers in a chunk of rows, which one thread works on, about
+constexpr long BLOCK = 4096;   // numbers in a block of rows, whose columns stay in the cache while they are summed
+
+// How the passes go over x [pixels][C]: several pixels are one row of `row` numbers, a multiple of four vectors, and
+// rows are cut into chunks, whatever the number of threads. A pass is a struct below, whose operator()(X, at, n, width)
+// goes over n rows of `width` numbers from number `at` on: whole rows with vectors (X = Floats), and the pixels that
+// are left below one row with single numbers (X = float).
 struct Plan {
-    long pixels, C, W, each, chunks;
-    Plan(long pixels, long C) : pixels(pixels), C(C), W(std::lcm(C, 4L * LANES)) {
-        each = std::max(1L, 32768 / W) * (W / C);
-        chunks = (pixels + each - 1) / each;
+    long pixels, C, row, chunk_pixels, chunks;
+    Plan(long pixels, long C) : pixels(pixels), C(C), row(std::lcm(C, 4L * LANES)) {
+        chunk_pixels = std::max(1L, CHUNK / row) * (row / C);
+        chunks = (pixels + chunk_pixels - 1) / chunk_pixels;
     }
-    // p [C] repeated along a row; zeros where there is no p.
+    // p [C] repeated along a row [row]; zeros where there is no p.
     std::vector<float> repeat(const float* p) const {
-        std::vector<float> t(W);
+        std::vector<float> t(row);
         if (p)
-            for (long i = 0; i < W; i++) t[i] = p[i % C];
+            for (long i = 0; i < row; i++) t[i] = p[i % C];
         return t;
     }
-    // Call f(V or float, first number, rows, width) for n pixels.
+    // Call f(Floats or float, first number, rows, numbers in each) for n pixels, a block at a time.
     template <class F> void for_pixels(long pixel, long n, F f) const {
-        long at = pixel * C, rows = n * C / W, block = std::max(1L, 4096 / W);   // columns of a block stay in the cache
-        for (long i = 0; i < rows; i += block) f(V{}, at + i * W, std::min(block, rows - i), W);
-        if (rows * W < n * C) f(float{}, at + rows * W, n - rows * W / C, C);
+        long at = pixel * C, rows = n * C / row, block = std::max(1L, BLOCK / row);
+        for (long i = 0; i < rows; i += block) f(Floats{}, at + i * row, std::min(block, rows - i), row);
+        if (rows * row < n * C) f(float{}, at + rows * row, n - rows * row / C, C);
     }
+    // The same for all pixels, in parallel.
     template <class F> void for_chunks(int threads, F f) const {
 #pragma omp parallel for schedule(static) num_threads(threads)
-        for (long c = 0; c < chunks; c++) for_pixels(c * each, std::min(each, pixels - c * each), f);
+        for (long c = 0; c < chunks; c++) {
+            long first = c * chunk_pixels;
+            for_pixels(first, std::min(chunk_pixels, pixels - first), f);
+        }
     }
-    // Two sums of each channel over n pixels into out [2][C]: f adds up the columns in float32, the rest is in float64.
+    // out [2][C] += two sums of each channel over n pixels: f sums down the columns in float32, f.widen in float64.
     template <class F> void add_up(long pixel, long n, const F& f, double* out) const {
-        std::vector<float> rows(F::rows * W);
+        std::vector<float> rows(F::rows * row);
         for_pixels(pixel, n, [&](auto... where) { f(where..., rows.data()); });
-        for (long i = 0; i < W; i += C)
-            for (long c = 0; c < C; c++) f.widen(&rows[i + c], W, out[c], out[C + c]);
+        for (long i = 0; i < row; i += C)
+            for (long c = 0; c < C; c++) f.widen(&rows[i + c], row, out[c], out[C + c]);
     }
+    // The sums [2][C] of each channel over all pixels, in parallel.
     template <class F> std::vector<double> sums(int threads, const F& f) const {
         std::vector<double> parts(chunks * 2 * C);
 #pragma omp parallel for schedule(static) num_threads(threads)
-        for (long c = 0; c < chunks; c++) add_up(c * each, std::min(each, pixels - c * each), f, &parts[c * 2 * C]);
+        for (long c = 0; c < chunks; c++) {
+            long first = c * chunk_pixels;
+            add_up(first, std::min(chunk_pixels, pixels - first), f, &parts[c * 2 * C]);
+        }
         return total(parts);
     }
     // The sum of parts [n][2][C], in a fixed order.
@@ -57,23 +69,24 @@ struct Plan {
     }
 };
 
-// How many vectors a loop down the columns takes abreast, for so many registers each: a single number stands alone.
+// How many vectors a loop down the columns takes abreast (K below, with L numbers in each), where each needs so many
+// registers; a single number stands alone.
 template <class X, int registers> constexpr int abreast = sizeof(X) == 4 ? 1 : WIDE || registers < 5 ? 4 : 2;
 
-// Adds to rows [4][W] the sums of x - m and of its square, around the first number m of each column, and counts.
+// For the mean and variance: sums [4][row] of x - m, of its square, the first number m of each column, and a count.
 template <class T> struct Moments {
     static constexpr int rows = 4;
     const T* x;
-    long W;
+    long row;
     template <class X> void operator()(X, long at, long n, long width, float* sums) const {
         constexpr int K = abreast<X, 3>, L = numbers<X, float>;
         for (long j = 0; j < width; j += K * L) {
             X s[K], q[K], m[K];
-            float *p = sums + j, *count = p + 3 * W;
+            float *p = sums + j, *count = p + 3 * row;
             for (int k = 0; k < K; k++) {
                 load(p + k * L, s[k]);
-                load(p + W + k * L, q[k]);
-                if (*count) load(p + 2 * W + k * L, m[k]);
+                load(p + row + k * L, q[k]);
+                if (*count) load(p + 2 * row + k * L, m[k]);
                 else load(x + at + j + k * L, m[k]);
             }
             for (long i = 0; i < n; i++)
@@ -86,22 +99,22 @@ template <class T> struct Moments {
                 }
             for (int k = 0; k < K; k++) {
                 store(p + k * L, s[k]);
-                store(p + W + k * L, q[k]);
-                store(p + 2 * W + k * L, m[k]);
+                store(p + row + k * L, q[k]);
+                store(p + 2 * row + k * L, m[k]);
             }
             for (int i = 0; i < K * L; i++) count[i] += n;
         }
     }
-    // The sums around zero.
-    static void widen(const float* p, long W, double& sum, double& square) {
-        double s = p[0], q = p[W], m = p[2 * W], n = p[3 * W];
+    // Add a column's sums, taken around zero.
+    static void widen(const float* p, long row, double& sum, double& square) {
+        double s = p[0], q = p[row], m = p[2 * row], n = p[3 * row];
         sum += s + n * m;
         square += q + (2 * s + n * m) * m;
     }
 };
 
-// Mean and 1 / sigma of n pixels from sums [2][C], and the running statistics.
-inline void settle(const Norm& bn, const std::vector<double>& sums, long n) {
+// Mean, 1 / sigma and running statistics of a BatchNorm from sums [2][C] over n pixels, of x and of its square.
+inline void set_statistics(const Norm& bn, const std::vector<double>& sums, long n) {
     for (size_t c = 0, C = sums.size() / 2; c < C; c++) {
         double mean = sums[c] / n;
         float var = std::max(sums[C + c] / n - mean * mean, 0.);   // in this order NaN comes through
@@ -113,7 +126,7 @@ inline void settle(const Norm& bn, const std::vector<double>& sums, long n) {
     }
 }
 
-// What the passes read of a BatchNorm, each repeated along a row of the plan: y = (x - mean) scale + shift;
+// What the passes read of a BatchNorm, each [row] repeated along a row: y = (x - mean) scale + shift;
 // dx = scale g + p (x - mean) + q.
 struct Coefficients {
     std::vector<float> mean, scale, shift, p, q;
@@ -121,12 +134,12 @@ struct Coefficients {
         : mean(plan.repeat(bn.mean)),
           scale(plan.repeat(bn.inv_std)),
           shift(plan.repeat(bn.bias)),
-          p(plan.W),
-          q(plan.W) {
+          p(plan.row),
+          q(plan.row) {
         if (bn.weight)
-            for (long i = 0; i < plan.W; i++) scale[i] *= bn.weight[i % plan.C];
+            for (long i = 0; i < plan.row; i++) scale[i] *= bn.weight[i % plan.C];
     }
-    // p, q and the gradients of weight and bias, from the sums [2][C] of g and of g (x - mean).
+    // p, q and the gradients of weight and bias [C], from the sums [2][C] of g and of g (x - mean).
     void gradient(const Plan& plan, const Norm& bn, const std::vector<double>& sums, int training) {
         std::vector<float> ps(plan.C), qs(plan.C);
         for (long c = 0; c < plan.C; c++) {
@@ -152,7 +165,7 @@ template <class T> struct Normalize {
     int relus;
     template <class X> void operator()(X, long at, long n, long width) const {
         auto [of, x, residual, y, mask, relus] = *this;   // copies: what is stored might change what is not
-        constexpr int K = abreast<X, 3>, L = numbers<X, float>;
+        constexpr int K = abreast<X, 3>, L = numbers<X, float>;   // m, a, b: mean, scale and shift
         for (long j = 0; j < width; j += K * L) {
             X m[K], a[K], b[K];
             for (int k = 0; k < K; k++) {
@@ -178,11 +191,12 @@ template <class T> struct Normalize {
     }
 };
 
-// g: the gradient before the ReLU. Without a mask the ReLU is computed again from d = x - mean.
+// The gradient g before the ReLU, from that behind it. Without a mask the ReLU is computed again from d = x - mean.
 template <class T> struct Upstream {
     const T* dy;
     const uint8_t* mask;
     int relus;
+    // g = the gradient of the numbers from e on.
     template <class X> void operator()(X& g, X d, long e, X scale, X shift) const {
         load(dy + e, g);
         if (mask) g = where_mask(mask, e, g);
@@ -190,7 +204,7 @@ template <class T> struct Upstream {
     }
 };
 
-// Adds g, the gradient of a shortcut, to that of the branch.
+// dx += g, the gradient of the shortcut, to that of the branch.
 template <class T> struct AddShortcut {
     const Upstream<T> upstream;
     T* dx;
@@ -205,14 +219,14 @@ template <class T> struct AddShortcut {
     }
 };
 
-// Adds to rows [2][W] the sums of g and of g (x - mean).
+// For the gradients of a BatchNorm: sums [2][row] of g and of g (x - mean).
 template <class T> struct UpstreamSums {
     static constexpr int rows = 2;
     const Coefficients& of;
     const Upstream<T> upstream;
     const T* x;
     template <class X> void operator()(X, long at, long n, long width, float* sums) const {
-        constexpr int K = abreast<X, 5>, L = numbers<X, float>;
+        constexpr int K = abreast<X, 5>, L = numbers<X, float>;   // m, a, b: mean, scale and shift
         for (long j = 0; j < width; j += K * L) {
             X s[K], t[K], m[K], a[K], b[K];
             float *p = sums + j, *q = p + of.mean.size();
@@ -239,13 +253,14 @@ template <class T> struct UpstreamSums {
             }
         }
     }
-    static void widen(const float* p, long W, double& s, double& t) {
+    // Add a column's sums.
+    static void widen(const float* p, long row, double& s, double& t) {
         s += p[0];
-        t += p[W];
+        t += p[row];
     }
 };
 
-// dx = scale g + p (x - mean) + q, and g, the gradient of the residual, each where it is wanted.
+// dx = scale g + p (x - mean) + q, and dresidual = g, the gradient of the residual, each where it is wanted.
 template <class T> struct Gradient {
     const Coefficients& of;
     const Upstream<T> upstream;
@@ -253,7 +268,7 @@ template <class T> struct Gradient {
     T *dx, *dresidual;
     template <class X> void operator()(X, long at, long n, long width) const {
         auto [of, upstream, x, dx, dresidual] = *this;
-        constexpr int K = abreast<X, 5>, L = numbers<X, float>;
+        constexpr int K = abreast<X, 5>, L = numbers<X, float>;   // m, a, b: mean, scale and shift
         for (long j = 0; j < width; j += K * L) {
             X m[K], a[K], b[K], p[K], q[K];
             for (int k = 0; k < K; k++) {
@@ -277,21 +292,24 @@ template <class T> struct Gradient {
     }
 };
 
+// y [pixels][C] = relu(BatchNorm(x) + residual), in training with the batch's statistics, else with the running ones;
+// and the mask of the open ReLUs, where wanted.
 template <class T>
 void bn_forward(const T* x, const T* residual, T* y, uint8_t* mask, const Norm& bn, long pixels, long C, int training,
                 int relus, int threads) {
     Plan plan(pixels, C);
-    if (training) settle(bn, plan.sums(threads, Moments<T>{x, plan.W}), pixels);
+    if (training) set_statistics(bn, plan.sums(threads, Moments<T>{x, plan.row}), pixels);
     else
         for (long c = 0; c < C; c++) {
             bn.mean[c] = bn.running_mean[c];
             bn.inv_std[c] = 1 / std::sqrt(bn.running_var[c] + bn.eps);
         }
-    long whole = pixels * C / plan.W * plan.W;   // numbers in whole rows; the bits of the rest are put one by one
+    long whole = pixels * C / plan.row * plan.row;   // numbers in whole rows; the bits of the rest are put one by one
     if (mask) std::fill(mask + whole / 8, mask + (pixels * C + 7) / 8, 0);
     plan.for_chunks(threads, Normalize<T>{Coefficients(plan, bn), x, residual, y, mask, relus});
 }
 
+// The gradients of the same from dy [pixels][C]: dx and dresidual [pixels][C], dweight and dbias [C], where wanted.
 template <class T>
 void bn_backward(const T* dy, const T* x, const uint8_t* mask, T* dx, T* dresidual, const Norm& bn, long pixels, long C,
                  int training, int relus, int threads) {

@@ -5,11 +5,11 @@
 #include "vec.h"
 
 // A vector of LANES numbers of T.
-template <class T> struct Lanes { typedef V vector; };
-template <> struct Lanes<bf16> { typedef H vector; };
+template <class T> struct Lanes { typedef Floats vector; };
+template <> struct Lanes<bf16> { typedef Bits16 vector; };
 
-// p [H, W, C] as planes, one for each channel, `size` numbers apart, in rows `row` times `step` long, `step` apart.
-template <class T> void planes(const T* p, long H, long W, long C, long row, long step, long size, T* out) {
+// out [C][size] = p [H, W, C] as a plane for each channel, whose pixel (h, w) is number (h * row + w) * step.
+template <class T> void to_planes(const T* p, long H, long W, long C, long row, long step, long size, T* out) {
     for (long h = 0; h < H; h++)
         for (long c = 0; c < C; c += LANES)
             for (long w = 0; w < W; w += LANES) {
@@ -27,11 +27,13 @@ template <class T> void planes(const T* p, long H, long W, long C, long row, lon
             }
 }
 
-// x [B, H, W, C]; dy [B, OH, OW, O]; index [n] of entries in a weight [O, C, K, K]; out [n].
+constexpr int STEP = 16;   // products in a step, on every processor: sums are the same with 8 lanes and with 16
+
+// out [n] = the gradients of the entries index [n] of a weight [O, C, K, K], from x [B, H, W, C] and dy [B, OH, OW, O].
 template <class T>
 void sparse_weight_gradient(const T* x, const T* dy, const int64_t* index, float* out, long n, long B, long H, long W,
                             long C, long OH, long OW, long O, long K, long stride, long pad, int threads) {
-    long row = W + 2 * pad, length = (((OH - 1) * row + OW - 1) * stride + 16) / 16 * 16;
+    long row = W + 2 * pad, length = (((OH - 1) * row + OW - 1) * stride + STEP) / STEP * STEP;
     long size = std::max((H + 2 * pad) * row, length + (K - 1) * (row + 1));
     std::vector<float> part(B * n);   // a sum for each image, so that the number of threads does not matter
 #pragma omp parallel num_threads(threads)
@@ -39,20 +41,20 @@ void sparse_weight_gradient(const T* x, const T* dy, const int64_t* index, float
         std::vector<T> reads(C * size, T{}), writes(O * length, T{});
 #pragma omp for schedule(static)
         for (long b = 0; b < B; b++) {
-            planes(x + b * H * W * C, H, W, C, row, 1, size, &reads[pad * (row + 1)]);
-            planes(dy + b * OH * OW * O, OH, OW, O, row, stride, length, &writes[0]);
+            to_planes(x + b * H * W * C, H, W, C, row, 1, size, &reads[pad * (row + 1)]);
+            to_planes(dy + b * OH * OW * O, OH, OW, O, row, stride, length, &writes[0]);
             for (long e = 0; e < n; e++) {
                 long tap = index[e] % (K * K), c = index[e] / (K * K) % C, o = index[e] / (K * K * C);
                 const T *r = &reads[c * size + tap / K * row + tap % K], *w = &writes[o * length];
-                V sums[16 / LANES] = {};
-                for (long i = 0; i < length; i += 16)
-                    for (int k = 0; k < 16 / LANES; k++) {
-                        V a, g;
+                Floats sums[STEP / LANES] = {};
+                for (long i = 0; i < length; i += STEP)
+                    for (int k = 0; k < STEP / LANES; k++) {
+                        Floats a, g;
                         load(r + i + k * LANES, a);
                         load(w + i + k * LANES, g);
                         sums[k] += a * g;
                     }
-                for (int k = 0; k < 16; k++) part[b * n + e] += sums[k / LANES][k % LANES];
+                for (int k = 0; k < STEP; k++) part[b * n + e] += sums[k / LANES][k % LANES];
             }
         }
     }
