@@ -21,7 +21,7 @@ from .data import load_data
 from .experiment import Spec, parse_arch, parse_policy, root, run_dir, runs_dir, write
 from .machine import commit, default_device, machine
 from .models import create_model
-from .native import kernels
+from .native import keep_memory, kernels
 from .peers import IDEAS, candidates, multiplies_bfloat16, processes, take_turns
 from .policies import freeze, trainable
 from .train import default_dtype, fit, fit_many, prepare
@@ -176,6 +176,7 @@ def kernel_pairs(dtype, channels:int, size:int) -> dict:   # name to two functio
 def bench_kernels(shapes=_SHAPES, rounds:int=7, say=print) -> dict:   # the record
     "Time each kernel beside PyTorch's operator, in turns, and keep the record: the shortest of all rounds counts."
     rows = []
+    keep_memory()   # as training does
     for dtype,(c,s) in product((torch.float32, torch.bfloat16), shapes):
         for name,pair in kernel_pairs(dtype, c, s).items():
             own, theirs = shortest(pair, rounds)

@@ -9,8 +9,9 @@ struct Norm {
     double momentum, eps;
 };
 
-constexpr long CHUNK = 32768;   // numbers in a chunk of rows, which one thread works on, about
-constexpr long BLOCK = 4096;   // numbers in a block of rows, whose columns stay in the cache while they are summed
+// Rows are summed in chunks of about CHUNK numbers, each by one thread, and a chunk in blocks of BLOCK numbers, which
+// are read column by column: with more, they would come from too many pages of memory at once.
+constexpr long CHUNK = 32768, BLOCK = 1024;
 
 // How the passes go over x [pixels][C]: several pixels are one row of `row` numbers, a multiple of four vectors, and
 // rows are cut into chunks, whatever the number of threads. A pass is a struct below, whose operator()(X, at, n, width)
