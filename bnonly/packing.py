@@ -41,8 +41,8 @@ def conv_algorithm(rival:str, shape, trains:bool, stride, padding, dilation, gro
 
 def norm_algorithm(dtype, channels:int) -> str:
     "Which computes BatchNorm, residual and ReLU faster, as measured (`bnonly bench --kernels`): 'fused' or 'pytorch'."
-    wide = dtype == torch.float32 and channels >= 128
-    return "pytorch" if wide and kernels()[dtype].instructions == "avx2" else "fused"
+    first = 256 if kernels()[dtype].instructions == "avx2" else 512
+    return "pytorch" if dtype == torch.float32 and channels >= first else "fused"
 
 
 # Packed weights
