@@ -9,10 +9,11 @@ import time
 import torch
 
 from . import ops
-from .layers import BatchNormAct, has_sparse_weight
+from .layers import BatchNormAct
 from .machine import default_device
 from .models import create_model
 from .policies import freeze
+from .sparse import has_sparse_weight
 
 
 def peak_rates(dtype:torch.dtype) -> tuple:   # multiply-adds times two a second; bytes a second

@@ -11,21 +11,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from . import ops
+from . import ops, sparse
 from .faults import pair, safe_conv2d
 from .native import kernels
+from .register import cast, on_cpu
+from .sparse import has_sparse_weight
 
-__all__ = ["BatchNormAct", "Chain", "Conv2d", "Linear", "MaxPool2d", "Stage", "has_sparse_weight", "norm_act",
-           "prepare_layers"]
-
-
-def _cast(dtype, *tensors):
-    "Tensors of float32 or bfloat16 in the dtype in which a layer computes; others stay what they are."
-    return [t if t is None or dtype is None or t.dtype not in ops.DTYPES else t.to(dtype) for t in tensors]
-
-
-def _on_cpu(x, *parameters) -> bool:   # images and parameters of a layer
-    return x.dim() == 4 and x.numel() > 0 and all(t is None or t.device.type == "cpu" for t in (x, *parameters))
+__all__ = ["BatchNormAct", "Chain", "Conv2d", "Linear", "MaxPool2d", "Stage", "norm_act", "prepare_layers"]
 
 
 def _current(packs, weight) -> dict:
@@ -39,44 +31,22 @@ def convolution(x, weight, bias, stride, padding, dilation, groups, dtype=None, 
     "A convolution; rival: as `ops.rival` gives it, None for the definition; packs: as `Conv2d.pack` gives them."
     if weight.dtype != torch.float32: dtype = None   # the module was moved to another
     packs = _current(packs, weight)
-    (x,) = _cast(dtype, x)
-    if rival and dtype == x.dtype and _on_cpu(x, weight, bias) and x.shape[1] == weight.shape[1]*groups:
+    (x,) = cast(dtype, x)
+    if rival and dtype == x.dtype and on_cpu(x, weight, bias) and x.shape[1] == weight.shape[1]*groups:
         size = ops.output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
         shape, trains, geometry = weight.shape, weight.requires_grad, (stride, padding, dilation, groups)
         how = ops.conv_algorithm(rival, shape, trains, *geometry, x.shape[0], size)
         if min(size) > 0 and (how != "pytorch" or not trains):
             packed = packs.get(how, (None, None))
             return ops.conv2d(x, packs["weight"] if packs else weight, bias, *packed, *geometry, how)
-    return safe_conv2d(x, *_cast(dtype, weight, bias), stride, padding, dilation, groups)
-
-
-@fx.wrap
-def sparse_convolution(x, values, weight, index, bias, stride, padding, dtype, rival):
-    "A convolution of whose weight the values [n] at `index` train, and are in it already."
-    if weight.dtype != torch.float32: dtype = None
-    x, bias = _cast(dtype, x, bias)
-    if dtype != x.dtype or not _on_cpu(x, weight, bias):
-        return ops.sparse_conv2d_reference(x, values, *_cast(dtype, weight), index, bias, stride, padding)
-    size = ops.output_size(x.shape[2:], weight.shape[2:], stride, padding)
-    how = ops.conv_algorithm(rival, weight.shape, False, stride, padding, (1, 1), 1, x.shape[0], size)
-    return ops.sparse_conv2d(x, values, weight, index, bias, stride, padding, how)
-
-
-@fx.wrap
-def sparse_linear_layer(x, values, weight, index, bias, dtype):
-    "The same of a linear layer."
-    if weight.dtype != torch.float32: dtype = None
-    x, bias = _cast(dtype, x, bias)
-    fits = dtype == x.dtype and x.numel() > 0 and all(t is None or t.device.type == "cpu" for t in (x, weight, bias))
-    if not fits: return ops.sparse_linear_reference(x, values, *_cast(dtype, weight), index, bias)
-    return ops.sparse_linear(x.reshape(-1, x.shape[-1]), values, weight, index, bias).view(*x.shape[:-1], -1)
+    return safe_conv2d(x, *cast(dtype, weight, bias), stride, padding, dilation, groups)
 
 
 @fx.wrap
 def linear(x, weight, bias, dtype=None):
     "A linear layer."
     if weight.dtype != torch.float32: dtype = None
-    return F.linear(*_cast(dtype, x, weight, bias))
+    return F.linear(*cast(dtype, x, weight, bias))
 
 
 @fx.wrap
@@ -96,7 +66,7 @@ def batch_normalization(x, residual, weight, bias, running_mean, running_var, co
 @fx.wrap
 def max_pool(x, kernel, stride, padding, dilation, ceil_mode):
     "Max-pooling that keeps the places of the maxima."
-    if not _on_cpu(x) or x.dtype not in ops.DTYPES: return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+    if not on_cpu(x) or x.dtype not in ops.DTYPES: return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
     return ops.max_pool2d(x, *map(pair, (kernel, stride, padding, dilation)), ceil_mode)
 
 
@@ -106,7 +76,7 @@ def residual_blocks(x, affine, weights, running, counts, momenta, eps, packs, dt
     same, images = ((1, 1),)*3, (x.shape[0], x.shape[2:])
     def fast(w): return ops.conv_algorithm(rival, w.shape, w.requires_grad, *same, 1, *images) == "winograd"
     def ours(t): return t.device.type == "cpu" and t.dtype == torch.float32
-    if (x.dtype == dtype and _on_cpu(x) and x.stride(1) == 1 and x.numel() > x.shape[1]
+    if (x.dtype == dtype and on_cpu(x) and x.stride(1) == 1 and x.numel() > x.shape[1]
             and all(ours(t) and t.is_contiguous() and t.shape == x.shape[1:2] for t in (*affine, *running))
             and all(ours(w) and w.shape[:2] == (x.shape[1],)*2 and fast(w) for w in weights)):
         for count in counts: count.add_(1)
@@ -181,21 +151,6 @@ class Chain(nn.Sequential):
         return x
 
 
-def has_sparse_weight(m) -> bool:
-    "Whether a few entries of a layer's weight train (03_policies), and the operators know its geometry."
-    if not parametrize.is_parametrized(m, "weight"): return False
-    if not all(hasattr(m.parametrizations.weight[0], n) for n in ("base", "index")): return False
-    if m.bias is not None and m.bias.requires_grad: return False
-    if isinstance(m, nn.Linear): return True
-    square = all(isinstance(o, tuple) and len({*o}) == 1 for o in (m.stride, m.padding, m.kernel_size))
-    return isinstance(m, nn.Conv2d) and m.padding_mode == "zeros" and m.groups == 1 and m.dilation == (1, 1) and square
-
-
-def _entries(m) -> tuple:   # the values that train, the whole weight, index [n] of the values in it
-    entries, values = m.parametrizations.weight[0], m.parametrizations.weight.original
-    return values, entries(values.detach()), entries.index
-
-
 class Conv2d(Prepared, nn.Conv2d):
     "PyTorch's convolution, computed around the faults of its gradients on a CPU (`bnonly.faults`)."
     packs = None   # of a frozen weight, by `ops.pack_weight`
@@ -206,11 +161,12 @@ class Conv2d(Prepared, nn.Conv2d):
 
     def prepare(self, dtype):
         super().prepare(dtype)
-        frozen = self.rival is not None and not parametrize.is_parametrized(self) and not self.weight.requires_grad
-        self.packs = self.pack() if frozen and not isinstance(self.padding, str) else None
+        self.packs = self.pack() if self.rival else None
 
-    def pack(self) -> dict:
+    def pack(self) -> dict|None:
         "The frozen weight in the dtype in which it computes, and for each kernel that may be chosen, both ways."
+        if has_sparse_weight(self): return sparse.pack_base(self)
+        if parametrize.is_parametrized(self) or self.weight.requires_grad or isinstance(self.padding, str): return None
         weight = self.weight.detach().to(self.compute_dtype)
         geometry = self.stride, self.padding, self.dilation, self.groups
         best, both = ops.conv_algorithm(self.rival, weight.shape, False, *geometry), weight.shape[1] % 16 == 0
@@ -225,7 +181,7 @@ class Conv2d(Prepared, nn.Conv2d):
                ):   # [N, out_channels, H', W']
         if self.rival and has_sparse_weight(self):
             how = self.stride, self.padding, self.compute_dtype, self.rival
-            return sparse_convolution(x, *_entries(self), self.bias, *how)
+            return sparse.sparse_convolution(x, *sparse.values_and_weight(self), self.bias, *how)
         if self.padding_mode != "zeros" or isinstance(self.padding, str): return super().forward(x)
         return convolution(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
                            self.compute_dtype, self.rival, self.packs)
@@ -237,9 +193,15 @@ def _pack_again(conv, _):   # after other weights were loaded
 
 class Linear(Prepared, nn.Linear):
     "PyTorch's linear layer."
+    packs = None
+
+    def prepare(self, dtype):
+        super().prepare(dtype)
+        self.packs = sparse.pack_base(self) if self.rival and has_sparse_weight(self) else None
+
     def forward(self, x):
         if self.rival and has_sparse_weight(self):
-            return sparse_linear_layer(x, *_entries(self), self.bias, self.compute_dtype)
+            return sparse.sparse_linear_layer(x, *sparse.values_and_weight(self), self.bias, self.compute_dtype)
         return linear(x, self.weight, self.bias, self.compute_dtype)
 
 

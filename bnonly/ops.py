@@ -124,14 +124,14 @@ def batch_norm_act(x, residual=None, weight=None, bias=None, running_mean=None, 
         return batch_norm_act_reference(x, residual, *affine, *running, training, momentum, eps, relu)
     if residual is not None: residual = residual.to(x.dtype)
     y, statistics, _ = _norm_act(x, residual, *affine, *((None, None) if training else running), eps, relu)
-    if training and running_mean is not None: update_statistics(*running, statistics, momentum)
+    if training and running_mean is not None: update_statistics(*running, *statistics.unbind(), momentum)
     return y
 
 
-def update_statistics(running_mean, running_var, statistics, momentum):
-    "Let the running statistics follow those of a batch, [3, C]: mean, 1 / sigma, unbiased variance."
-    running_mean.lerp_(statistics[0], momentum)
-    running_var.lerp_(statistics[2], momentum)
+def update_statistics(running_mean, running_var, mean, _, var, momentum):
+    "Let the running statistics follow those of a batch: mean, 1 / sigma, unbiased variance, [C] each."
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var, momentum)
 
 
 # Max-pooling
@@ -284,10 +284,10 @@ _blocks = operator(
 
 def basic_blocks(x, affine, weights, running, momenta, eps, packed=()):
     """`basic_blocks_reference` on the CPU in one operator, by Winograd's tiles. packed: of frozen weights all that
-    `pack_weight` gives forward, then all backward. It keeps what each convolution gives, what it reads where its weight
-    trains, and bit masks."""
+    `pack_weight` gives forward, then all backward. Kept: outputs of convolutions, inputs of those that train, masks."""
     y, _, statistics, *_ = _blocks(x, affine, weights, packed, eps, [w.requires_grad for w in weights])
-    for i,momentum in enumerate(momenta): update_statistics(*running[2*i:2*i + 2], statistics[i], momentum)
+    rows = statistics.flatten(0, 1).unbind()
+    for i,momentum in enumerate(momenta): update_statistics(*running[2*i:2*i + 2], *rows[3*i:3*i + 3], momentum)
     return y
 
 

@@ -6,6 +6,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from .packing import DTYPES
+
 __all__ = ["OPERATORS", "operator", "formula", "count_flops"]
 
 OPERATORS = {}   # name to the operator, as torch.ops.bnonly has it; some are parts of others
@@ -85,3 +87,12 @@ def channels_last(t, dtype=None):
 def empty_channels_last(like, *shape):
     "A tensor of this shape, channels last, with the dtype and device of another."
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def cast(dtype, *tensors):
+    "Tensors of float32 or bfloat16 in the dtype in which a layer computes; others stay what they are."
+    return [t if t is None or dtype is None or t.dtype not in DTYPES else t.to(dtype) for t in tensors]
+
+
+def on_cpu(x, *parameters) -> bool:   # images and parameters of a layer
+    return x.dim() == 4 and x.numel() > 0 and all(t is None or t.device.type == "cpu" for t in (x, *parameters))

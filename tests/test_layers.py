@@ -20,12 +20,12 @@ from bnonly.layers import (
     MaxPool2d,
     Prepared,
     Stage,
-    has_sparse_weight,
     prepare_layers,
 )
 from bnonly.models import BasicBlock, create_model
 from bnonly.native import kernels, pytorch_convolves_bfloat16
 from bnonly.policies import RandomEntries, freeze, trainable
+from bnonly.sparse import has_sparse_weight
 from bnonly.train import fit, loss_func, prepare, sgd
 
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="no C++ compiler here, so there are no kernels to test")
