@@ -13,7 +13,8 @@ Modules:
 - `bnonly.hub`: Deltas on the Hugging Face Hub, each with a card that says what it is and how to load it.
 - `bnonly.layers`: The layers of the networks: PyTorch's modules, which call the operators of `bnonly.ops` once they are prepared.
 - `bnonly.logs`: What training says: lines of the logger 'bnonly'.
-- `bnonly.ops`: The operators that the networks are made of on a CPU: their definitions in PyTorch, and the compiled kernels that compute the same, registered with PyTorch.
+- `bnonly.native`: The compiled kernels of `csrc/`: built at first use for this processor, cached, and loaded with ctypes.
+- `bnonly.ops`: The operators of the networks on a CPU: their definitions in PyTorch, and the compiled kernels that compute the same.
 - `bnonly.pages`: Pages that hold what others may have written: templates that escape, tables, and notebooks made harmless.
 - `bnonly.peers`: What a step is timed beside: a plain fastai `Learner`, plain PyTorch loops, and open_lth, the authors' framework.
 - `bnonly.penalties`: What may be added to the loss in BatchNorm's place, and what is measured at the last layer, as fastai callbacks.

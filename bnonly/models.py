@@ -142,9 +142,15 @@ def efficientnet(number:int, num_classes:int, in_channels:int) -> nn.Module:
     except ImportError:
         raise ImportError("efficientnet needs timm, which is not installed; pip install 'bnonly[timm]'.") from None
     model = timm.create_model(f"efficientnet_b{number}", num_classes=num_classes, in_chans=in_channels)
-    for m in model.modules():
-        # the same layers, which can be prepared
-        m.__class__ = {nn.Conv2d: Conv2d, nn.Linear: Linear}.get(type(m), type(m))
+    with torch.device("meta"):   # what is made here takes its numbers from what is there
+        for name,m in [*model.named_modules()]:
+            if type(m) is nn.Conv2d:
+                sizes = m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding, m.dilation, m.groups
+                same = Conv2d(*sizes, m.bias is not None, m.padding_mode)
+            elif type(m) is nn.Linear: same = Linear(m.in_features, m.out_features, m.bias is not None)
+            else: continue
+            same.weight, same.bias = m.weight, m.bias
+            model.set_submodule(name, same)   # a layer that can be prepared
     return model
 
 # %% ../nbs/02_models.ipynb #24dabd93

@@ -48,8 +48,10 @@ def march() -> str:
 
 def run_compiler(compiler:str, *arguments:str) -> subprocess.CompletedProcess:
     "Run the compiler, which may have arguments of its own, with messages in English."
-    return subprocess.run([*shlex.split(compiler), *arguments], capture_output=True, text=True, errors="replace",
-                          timeout=300, env=os.environ | {"LC_ALL": "C"})
+    try: command = shlex.split(compiler)
+    except ValueError as e: raise RuntimeError(f"the compiler {compiler!r} is no command: {e}") from None
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, errors="replace", timeout=300,
+                          env=os.environ | {"LC_ALL": "C"})
 
 
 def compiler_version(compiler:str) -> str:
@@ -150,12 +152,15 @@ def load(flags:tuple=()) -> dict:
 @lru_cache(None)
 def kernels() -> dict|None:
     """The kernels of this process, None for plain PyTorch: on an instruction set older than AVX2, where they do not
-    pay, or without a compiler, with a line of notice. $BNONLY_KERNELS insists on either: fused or plain."""
+    pay, or without a compiler, with a line of notice. $BNONLY_KERNELS insists on either, fused or plain;
+    `RuntimeError` where there are none to insist on."""
     asked = os.environ.get("BNONLY_KERNELS") or None
     if asked and choose("BNONLY_KERNELS", asked, ("fused", "plain")) == "plain": return None
     try: found = load()
     except (RuntimeError, OSError, subprocess.SubprocessError) as e:
-        logger.warning("no compiled kernels (%s), training is slower", str(e).splitlines()[0])
+        why = str(e).splitlines()[0]
+        if asked: raise RuntimeError(f"BNONLY_KERNELS 'fused' is not possible ({why}); leave it out, or say 'plain'.")
+        logger.warning("no compiled kernels (%s), training is slower", why)
         return None
     return found if asked or found[torch.float32].instructions != "baseline" else None
 

@@ -208,9 +208,11 @@ def unfreeze(model:nn.Module) -> nn.Module:   # the same model
         if entries(m):
             parametrize.remove_parametrizations(m, "weight")
             m.weight.grad = None
-            # in their order again: the weight first
-            for kind in [k for k in m._parameters if k != "weight"]: m._parameters[kind] = m._parameters.pop(kind)
-        for kind in vars(m).pop(_MARK, ()): m._parameters[kind].requires_grad_(True)
+            for kind,p in dict(m.named_parameters(recurse=False, remove_duplicate=False)).items():
+                if kind == "weight": continue   # it comes first again
+                delattr(m, kind)
+                m.register_parameter(kind, p)
+        for kind in vars(m).pop(_MARK, ()): m.get_parameter(kind).requires_grad_(True)
         if _HOLD in vars(m): vars(m).pop(_HOLD).remove()
         vars(m).pop(_FROZEN_AS, None)
     return model
@@ -252,10 +254,11 @@ def _check_plain_weights(model, found, moving):
         m = model.get_submodule(module)
         if role not in {"conv", "shortcut"} - moving or not isinstance(m, (*CONVOLUTIONS, nn.Linear)) or kind == "bias":
             continue
-        if not entries(m) and "weight" not in m._parameters:
+        own = dict(m.named_parameters(recurse=False, remove_duplicate=False))
+        if not entries(m) and "weight" not in own:
             raise ValueError(f"random entries need a plain weight, and {module!r} computes its own (weight_norm and "
                              "the like); take that off, or use another policy.")
-        if names := places.get(id(m._parameters.get("weight"))):
+        if names := places.get(id(own.get("weight"))):
             raise ValueError(f"random entries need a weight of one layer, and {names[0]!r} is also {names[1]!r}; "
                              "use another policy.")
 

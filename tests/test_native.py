@@ -112,6 +112,14 @@ def test_what_others_could_change_is_not_loaded(compiler, monkeypatch, caplog, o
     assert len(caplog.messages) == 1 and "no compiled kernels (" in caplog.text and answer in caplog.text
 
 
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "'no-such-compiler"])   # the second has one quote
+def test_who_insists_on_kernels_is_told_that_there_are_none(compiler, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("BNONLY_KERNELS", "fused")
+    with pytest.raises(RuntimeError, match="BNONLY_KERNELS 'fused' is not possible .*no-such-compiler.*say 'plain'"):
+        native.kernels.__wrapped__()
+
+
 @needs_users
 def test_root_and_the_user_may_own_a_library(tmp_path, monkeypatch):
     "Seen from another user's process, so that it can be tested without being root."
