@@ -7,7 +7,7 @@ import pandas as pd
 from .checked import read_bytes
 from .experiment import Spec, parse_arch, results, run_dir
 
-__all__ = ["cost", "expected", "clock", "Watch", "epochs_done", "StatusLine"]
+__all__ = ["cost", "expected", "clock", "Watch", "trained", "epochs_done", "StatusLine"]
 
 
 def cost(spec:Spec) -> float:   # relative to one epoch of a network of one layer
@@ -43,30 +43,59 @@ def clock(seconds:float) -> str:
 
 
 class Watch:
-    "One line about a whole sweep, every few seconds."
+    """One line about a whole sweep, every few seconds.
+
+    A run takes the seconds of its epochs, and some around them: its start (imports, data) and its analysis. Those of
+    the epochs are expected until some are written down; those around them are known when the first run is finished."""
     def __init__(self, study, todo, workers, say, pause):
         guess = np.array(expected(todo, results())) if todo else np.array([])
-        self.speed, self.start = (workers if np.isfinite(guess).all() else 0), time.monotonic()
-        self.weight = dict(zip(todo, guess if self.speed else map(cost, todo)))
-        self.study, self.say, self.pause, self.done, self.over = study, say, pause, set(), threading.Event()
-        self.before = self.work()
+        self.guessed, self.start, self.around = bool(np.isfinite(guess).all()), time.monotonic(), 0.
+        self.weight = dict(zip(todo, guess if self.guessed else map(cost, todo)))
+        self.study, self.workers, self.say, self.pause = study, workers, say, pause
+        self.done, self.over = set(), threading.Event()
+        self.before = self.epochs()
 
-    def work(self):
-        "What is done of the sweep, in expected seconds."
-        return sum(w * (1 if s in self.done else epochs_done(s, self.study)/s.epochs) for s,w in self.weight.items())
+    def epochs(self) -> dict:   # run to (epochs, seconds)
+        "What each run has written down of its epochs."
+        return {s: trained(s, self.study) for s in self.weight}
 
     def finished(self, spec):
+        "Count a run as done. What its worker's time was besides epochs was around them."
         self.done.add(spec)
+        epochs = sum(now[1] - then[1] for now, then in zip(self.epochs().values(), self.before.values()))
+        others = min(self.workers, len(self.weight) - len(self.done) + 1) - 1   # each in the midst of its run, roughly
+        gone = self.workers*(time.monotonic() - self.start)
+        self.around = max(0., gone - epochs)/(len(self.done) + others/2)
         self.say(self.line())
+
+    def seconds(self) -> list:   # of one worker, for each run: (done, in all, done before this sweep)
+        "How far each run is."
+        epochs = self.epochs()
+        shares = {s: ((epochs[s][0] - self.before[s][0])/s.epochs, epochs[s][1] - self.before[s][1]) for s in epochs}
+        weight = sum(self.weight[s]*share for s, (share, _) in shares.items())
+        rate = sum(seconds for _, seconds in shares.values())/weight if weight > 0 else 1.
+        found = []
+        for s, w in self.weight.items():
+            whole, before = rate*w + self.around, rate*w*self.before[s][0]/s.epochs
+            now = before + rate*w*shares[s][0] + self.around/2*(shares[s][0] > 0)
+            found.append((whole if s in self.done else now, whole, before))
+        return found
+
+    def left(self) -> float:
+        "Seconds until all runs are done; NaN where nothing tells."
+        found, gone = self.seconds(), time.monotonic() - self.start
+        work = sum(done - before for done, _, before in found)
+        known = self.guessed or any(done > before for done, _, before in found)
+        trust = 60 if known else 0   # seconds for which every worker counts as busy
+        speed = (work + self.workers*trust)/(gone + trust) if known else 0
+        rest = [whole - done for done, whole, _ in found]
+        return max(sum(rest)/speed, *rest) if speed > 0 else np.nan   # one run is trained by one worker
 
     def line(self) -> str:
         "How many runs are done, and how long the rest will take."
-        total, work, gone = sum(self.weight.values()), self.work(), time.monotonic() - self.start
-        trust = 60 if self.speed else 0   # seconds for which what was expected counts
-        speed = (work - self.before + self.speed*trust) / (gone + trust)
-        left = (total - work)/speed if speed > 0 else np.nan
-        return (f"{self.study}: {len(self.done)} of {len(self.weight)} runs trained, {work/total:.0%} of the work, "
-                f"about {clock(left)} left")
+        done, whole, _ = np.array(self.seconds()).sum(0)
+        return (f"{self.study}: {len(self.done)} of {len(self.weight)} runs trained, {done/whole:.0%} of the work, "
+                f"about {clock(self.left())} left")
 
     def __enter__(self):
         def tell():
@@ -77,10 +106,19 @@ class Watch:
     def __exit__(self, *_): self.over.set()
 
 
+def trained(spec:Spec, study:str) -> tuple[int, float]:
+    "How many epochs a run has written down, and their seconds."
+    try: lines = read_bytes(run_dir(spec, study)/"metrics.csv").decode(errors="replace").splitlines()
+    except (OSError, ValueError): return 0, 0.
+    columns, rows = lines[0].split(",") if lines else [], [line.split(",") for line in lines[1:]]
+    at = columns.index("seconds") if "seconds" in columns else None
+    try: return len(rows), sum(float(row[at]) for row in rows) if at is not None else 0.
+    except (IndexError, ValueError): return len(rows), 0.   # damaged, which training says
+
+
 def epochs_done(spec:Spec, study:str) -> int:
     "How many epochs a run has written down."
-    try: return max(0, read_bytes(run_dir(spec, study)/"metrics.csv").count(b"\n") - 1)
-    except (OSError, ValueError): return 0
+    return trained(spec, study)[0]
 
 
 class StatusLine:

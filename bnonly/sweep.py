@@ -157,7 +157,10 @@ def by_ray(todo:list, workers:int, task,
     options = dict(num_cpus=1, num_gpus=gpus if ray.cluster_resources().get("GPU") else 0,
                    max_retries=0, scheduling_strategy="SPREAD",
                    runtime_env=dict(env_vars=passed_on()))
-    start = ray.remote(lambda s: task(s)).options(**options).remote
+    def below(spec):   # in a process below Ray's, of which it can be told how it ended
+        (result,) = by_processes([spec], 1, task)
+        return result
+    start = ray.remote(below).options(**options).remote
     waiting = {start(s): s for s in todo}
     while waiting and not over():
         for ready in ray.wait([*waiting], timeout=1)[0]:

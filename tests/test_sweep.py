@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-from bnonly import experiment
-from bnonly.experiment import Spec, load_record, records, results, run_dir
+from bnonly import experiment, pace
+from bnonly.cli import main
+from bnonly.experiment import Spec, load_record, preset, records, results, run_dir
 from bnonly.execution import kept
 from bnonly.pace import epochs_done
 from bnonly.runlock import RunLock
-from bnonly.sweep import (after_hours, by_processes, by_ray, failure, missing, passed_on, retry, state, sweep,
+from bnonly.sweep import (ENGINES, after_hours, by_processes, by_ray, failure, missing, passed_on, retry, state, sweep,
                           unfinished)
 from bnonly.train import fit
 from bnonly.workers import WorkerDied, in_processes
@@ -34,33 +35,41 @@ def here(todo, workers, task):
     yield from map(task, todo)
 
 
-def striking(victim, how, log, times=9, engine=by_processes):
-    "An engine in which one run strikes its own process after its first epoch, so many times; each try is written down."
-    def strike():
-        while not (run_dir(victim, "struck") / "metrics.csv").exists(): time.sleep(.01)
+def striking(victims, log, times=9, engine=by_processes):
+    """An engine in which runs strike their own process after their first epoch, so many times; each try is written
+    down. victims: runs to what they do."""
+    def strike(spec, how):
+        while not (run_dir(spec, "struck") / "metrics.csv").exists(): time.sleep(.01)
+        print(f"the last words of seed {spec.seed}", file=sys.stderr, flush=True)
         how()
 
-    def run(todo, workers, task):
+    def run(todo, workers, task, **options):
         def call(spec):
-            if spec == victim:
-                with open(log, "a") as f: f.write("tried\n")
-                if log.read_text().count("\n") <= times: threading.Thread(target=strike, daemon=True).start()
+            if spec in victims:
+                with open(log, "a") as f: f.write(f"{spec.key}\n")
+                tries = log.read_text().splitlines().count(spec.key)
+                if tries <= times: threading.Thread(target=strike, args=(spec, victims[spec]), daemon=True).start()
             return task(spec)
-        yield from engine(todo, workers, call)
+        yield from engine(todo, workers, call, **options)
     return run
 
 
-def kill(): os.kill(os.getpid(), signal.SIGKILL)
+def strikes():
+    "What ends a process: functions within a function, which travel to processes that cannot import this module."
+    def kill(): os.kill(os.getpid(), signal.SIGKILL)
+
+    def exhaust_memory():
+        "Take whatever is left of a limit, and whatever anyone else gives back."
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + 2**26,) * 2)
+        hoard = []
+        while True:
+            try: hoard.append(bytearray(2**16))
+            except MemoryError: time.sleep(.001)
+    return kill, exhaust_memory
 
 
-def exhaust_memory():
-    "Take whatever is left of a limit, and whatever anyone else gives back."
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + 2**26,) * 2)
-    hoard = []
-    while True:
-        try: hoard.append(bytearray(2**16))
-        except MemoryError: time.sleep(.001)
+kill, exhaust_memory = strikes()
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been_killed():
@@ -92,7 +101,7 @@ assert not sweep("both", specs, workers=1, say=lambda _: None, after=after, paus
 """
     log = tmp_path / "log"
     both = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(log)]) for _ in range(2)]
-    assert [p.wait(300) for p in both] == [0, 0]
+    assert [p.wait(1200) for p in both] == [0, 0]
     assert sorted(log.read_text().split()) == sorted(Spec(arch="resnet8", epochs=1, seed=s).key for s in range(4))
     assert len(results("both")) == 4 and not list(run_dir(TINY, "both").parent.glob("*/lock"))
 
@@ -224,9 +233,9 @@ VICTIM, OTHERS = Spec(arch="resnet8", epochs=300), [Spec(arch="resnet8", epochs=
 def test_a_run_that_ends_its_process_is_tried_twice_and_stops_no_other(tmp_path, capsys):
     "In the midst of its training, so that it leaves its lock. Its last words are printed the first time, then kept."
     lines, log = [], tmp_path / "log"
-    failed = sweep("struck", [VICTIM, *OTHERS], 2, say=lines.append, run=striking(VICTIM, os.abort, log))
+    failed = sweep("struck", [VICTIM, *OTHERS], 2, say=lines.append, run=striking({VICTIM: os.abort}, log))
     assert [state(s, "struck") for s in (VICTIM, *OTHERS)] == ["failed", *["complete"]*3]
-    assert log.read_text() == "tried\n"*2 and sum("it is tried once more" in line for line in lines) == 1
+    assert log.read_text() == f"{VICTIM.key}\n"*2 and sum("it is tried once more" in line for line in lines) == 1
     report = json.loads((run_dir(VICTIM, "struck") / "failed.json").read_text())
     assert report.keys() == {"spec", "error", "traceback", "host", "time"} and report["spec"] == VICTIM.__dict__
     assert report["error"] == "WorkerDied: its process was ended by SIGABRT"
@@ -238,12 +247,13 @@ def test_a_run_that_ends_its_process_is_tried_twice_and_stops_no_other(tmp_path,
 def test_a_run_that_ended_its_process_is_left_alone_until_it_is_asked_for(tmp_path):
     "Its lock is stale at once: nobody waits for the pause of an hour between two looks at runs that others train."
     log, victim = tmp_path / "log", Spec(arch="resnet8", epochs=20)
-    run = striking(victim, kill, log, times=3)
-    assert list(sweep("struck", [victim], say=quiet, run=run)) == [victim.key] and log.read_text() == "tried\n"*2
+    run = striking({victim: kill}, log, times=3)
+    tries = lambda: log.read_text().splitlines().count(victim.key)
+    assert list(sweep("struck", [victim], say=quiet, run=run)) == [victim.key] and tries() == 2
     assert "ended by SIGKILL, as the system does when memory runs out" in failure(victim, "struck", "error")
-    assert sweep("struck", [victim], say=quiet, run=run) == {} and log.read_text() == "tried\n"*2
+    assert sweep("struck", [victim], say=quiet, run=run) == {} and tries() == 2
     retry(victim, "struck")
-    assert sweep("struck", [victim], say=quiet, run=run, pause=3600) == {} and log.read_text() == "tried\n"*4
+    assert sweep("struck", [victim], say=quiet, run=run, pause=3600) == {} and tries() == 4
     left = {f.name for f in run_dir(victim, "struck").iterdir()}
     assert kept(run_dir(victim, "struck"))
     assert not [n for n in left if n.startswith((".", "failed", "lock", "checkpoint"))]
@@ -251,7 +261,7 @@ def test_a_run_that_ended_its_process_is_left_alone_until_it_is_asked_for(tmp_pa
 
 def test_a_run_without_memory_stops_no_other(tmp_path):
     "However it ends, by an exception or a signal."
-    failed = sweep("struck", [VICTIM, *OTHERS], 1, say=quiet, run=striking(VICTIM, exhaust_memory, tmp_path / "log"))
+    failed = sweep("struck", [VICTIM, *OTHERS], 1, say=quiet, run=striking({VICTIM: exhaust_memory}, tmp_path / "log"))
     assert [state(s, "struck") for s in (VICTIM, *OTHERS)] == ["failed", *["complete"]*3]
     assert failed == {VICTIM.key: failure(VICTIM, "struck")}
 
@@ -308,7 +318,7 @@ def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, mo
     monkeypatch.setenv("BNONLY_KERNELS", "plain")
 
     def after(spec, study):
-        with open(log, "a") as f: f.write(f"{spec.key} {ray.get_runtime_context().get_node_id()}\n")
+        with open(log, "a") as f: f.write(f"{spec.key}\n")
 
     def run(todo, workers, task):
         for i, result in enumerate(by_ray(todo, workers, task)):
@@ -319,7 +329,7 @@ def test_a_lost_node_of_a_ray_cluster_costs_no_run_and_doubles_none(tmp_path, mo
     finally:
         ray.shutdown()
         cluster.shutdown()
-    assert sorted(l.split()[0] for l in log.read_text().splitlines()) == sorted(s.key for s in specs)
+    assert sorted(log.read_text().split()) == sorted(s.key for s in specs)
     assert len(results("cluster")) == 4 and set(results("cluster").status) == {"complete"}
     assert {r["machine"]["kernels"] for r in records("cluster")} == {"plain"}
 
@@ -337,15 +347,78 @@ def test_a_process_that_takes_its_time_to_end_is_no_reason_for_a_third_try():
     assert tries == [TINY, TINY] and state(TINY, "slow") == "failed"
 
 
-def test_a_run_that_ends_its_process_under_ray_is_tried_twice_too(tmp_path):
+def test_a_run_that_ends_its_process_under_ray_is_named_and_taken_up_again(tmp_path, monkeypatch, capsys):
+    """By SIGABRT, by SIGKILL and for lack of memory: each has a failed.json that names the signal, where there is
+    one, and has its last words. The others are trained, the exit status tells, and --retry-failed trains them."""
     ray = pytest.importorskip("ray", reason="the extra ray is not installed")
-    log = tmp_path / "log"
-    try: failed = sweep("struck", [VICTIM, *OTHERS], 2, say=quiet, run=striking(VICTIM, os.abort, log, engine=by_ray))
+    (tmp_path / "settings.ini").write_text("[struck]\nepochs = 20\narch = resnet8\npolicy = bn\nseed = 0,1,2,3\n")
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
+    monkeypatch.chdir(tmp_path)
+    log, specs = tmp_path / "log", preset("struck")
+    victims = dict(zip(specs, (os.abort, kill, exhaust_memory)))
+    monkeypatch.setitem(ENGINES, "ray", striking(victims, log, engine=by_ray))
+    command = ["study", "struck", "--workers", "2", "--engine", "ray"]
+    states = lambda: [state(s, "struck") for s in specs]
+    try:
+        with pytest.raises(SystemExit) as end: main(command)
+        said = capsys.readouterr().err
+        assert end.value.code == 1 and "struck: 1 runs trained, 3 failed" in said
+        assert states() == ["failed", "failed", "failed", "complete"]
+        reports = [json.loads((run_dir(s, "struck") / "failed.json").read_text()) for s in victims]
+        assert reports[0]["error"] == "WorkerDied: its process was ended by SIGABRT"
+        assert reports[1]["error"].startswith("WorkerDied: its process was ended by SIGKILL, as the system does when")
+        assert re.search("(?i)memory|ended by SIG|exit code", reports[2]["error"]), reports[2]
+        for s, report in zip(specs[:2], reports): assert f"the last words of seed {s.seed}" in report["traceback"]
+        with pytest.raises(SystemExit) as end: main(command)   # they are left alone
+        assert end.value.code == 1 and states() == ["failed", "failed", "failed", "complete"]
+        assert [log.read_text().splitlines().count(s.key) for s in specs[:2]] == [2, 2]
+        monkeypatch.setitem(ENGINES, "ray", by_ray)
+        main([*command, "--retry-failed"])
     finally: ray.shutdown()
-    assert [state(s, "struck") for s in (VICTIM, *OTHERS)] == ["failed", *["complete"]*3]
-    assert list(failed) == [VICTIM.key]
-    assert log.read_text() == "tried\n"*2
-    assert failure(VICTIM, "struck", "error") == "WorkerDied: its process died, and Ray raised WorkerCrashedError"
+    assert states() == ["complete"]*4 and not list(run_dir(TINY, "struck").parent.glob("*/failed.json"))
+
+
+# How long the rest takes.
+
+def played(monkeypatch, jobs, workers):
+    """Runs on a clock that is set by hand, by workers that each take the next: for every event, how many are finished,
+    and how long the rest is said to take and does take. jobs: (spec, seconds before, of an epoch, after)."""
+    now, free, events = [0.], [0.]*workers, []
+    for spec, before, epoch, after in jobs:
+        w = free.index(min(free))
+        for e in range(spec.epochs): events.append((free[w] + before + (e + 1)*epoch, "epoch", spec, epoch))
+        free[w] += before + spec.epochs*epoch + after
+        events.append((free[w], "finished", spec, None))
+    monkeypatch.setattr(pace, "time", type("clock", (), dict(monotonic=lambda: now[0])))
+    watch = pace.Watch("paced", [spec for spec, *_ in jobs], workers, quiet, 5)
+    for at, what, spec, seconds in sorted(events, key=lambda event: event[0]):
+        now[0], file = at, run_dir(spec, "paced") / "metrics.csv"
+        if what == "epoch":
+            file.parent.mkdir(parents=True, exist_ok=True)
+            before = file.read_text() if file.exists() else "epoch,loss,seconds\n"
+            file.write_text(f"{before}1,2.0,{seconds}\n")
+        else: watch.finished(spec)
+        yield len(watch.done), watch.left(), max(free) - at
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("epochs,around,epoch", [(1, 40, 2), (1, 2, 40), (160, 40, 5), (10, 0, 60)], ids=str)
+def test_the_time_that_is_left_is_told_when_the_first_runs_are_done(monkeypatch, workers, epochs, around, epoch):
+    """Within a third: also where imports and analysis take longer than the only epoch, and where one network takes
+    twice as long as another. Of the last runs, which may show no sign for long, it is never much less than that."""
+    archs = "resnet8", "resnet14"
+    specs = [Spec(arch=a, epochs=epochs, seed=s) for s in range(4) for a in archs]
+    jobs = [(s, .6*around, epoch*(1 + (s.arch == archs[1])*.75), .4*around) for s in specs]
+    told = [row for row in played(monkeypatch, jobs, workers) if row[0] >= workers]
+    longest = around + 1.75*epochs*epoch
+    middle = [row for row in told if row[0] < len(specs) - workers]
+    assert middle and not [row for row in middle if abs(row[1] - row[2]) > row[2]/3]
+    assert not [row for row in told if not row[2]*2/3 <= row[1] <= row[2]*4/3 + longest]
+
+
+def test_before_the_first_epoch_of_a_new_network_nothing_tells_how_long_it_takes(monkeypatch):
+    watch = pace.Watch("paced", [TINY], 1, quiet, 5)
+    assert "about an unknown time left" in watch.line() and "0 of 1 runs trained, 0% of the work" in watch.line()
 
 
 def test_every_variable_is_passed_on_with_folders_that_hold_elsewhere(tmp_path, monkeypatch):
