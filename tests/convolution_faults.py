@@ -11,6 +11,7 @@ import argparse
 import collections
 import ctypes
 import importlib
+import itertools
 import json
 import os
 import random
@@ -25,6 +26,8 @@ import torch
 import torch.nn.functional as F
 
 # What oneDNN and PyTorch may use: ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY. `native` is all the processor has.
+# The kernels of bnonly.layers are built for the x86-64 level of the second.
+LEVELS = {"default": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 SETS = {"sse41": ("SSE41", "default"), "avx": ("AVX", "default"), "avx2": ("AVX2", "avx2"),
         "avx2_vnni": ("AVX2_VNNI", "avx2"), "avx2_vnni_2": ("AVX2_VNNI_2", "avx2"), "avx512": ("AVX512_CORE", "avx512"),
         "avx512_vnni": ("AVX512_CORE_VNNI", "avx512"), "avx512_bf16": ("AVX512_CORE_BF16", "avx512"),
@@ -84,7 +87,7 @@ def passes(convolution, case, x, w, b, dy, said=lambda name: None):
     results = {"forward": y.detach()}
     said("forward")
     for name, t in zip(PASSES[1:], (x, w, b)):
-        if t is None: continue
+        if t is None or name in getattr(convolution, "frozen", ()): continue
         results[name] = torch.autograd.grad(y, t, dy, retain_graph=True)[0]
         said(name)
     return results
@@ -108,9 +111,9 @@ def judge(got, exact, size, tolerance):
     return "rounded" if (error <= 2**-5*size).all() and error.norm() <= .02*size.norm() else "wrong"
 
 
-def run(convolution, case, guard, tolerance=0, repeats=2):
+def run(convolution, case, guard, repeats=2):
     "The faults of a case: [pass, kind, how many bytes outside]."
-    far, faults = ctypes.c_long(), []
+    far, faults, tolerance = ctypes.c_long(), [], getattr(convolution, "tolerance", 0)
     torch.set_num_threads(case.threads)
     guard.begin()
     inputs = tensors(case)
@@ -130,24 +133,41 @@ def run(convolution, case, guard, tolerance=0, repeats=2):
     return sorted({(p, kind): [p, kind, far] for p, kind, far in faults}.values())
 
 
+def prepared(x, weight, bias, stride, padding, groups, trains):
+    "A layer as a network has it, prepared in the dtype of x, and its parameters by name."
+    from bnonly.layers import Conv2d, prepare_layers
+    o, c, k, _ = weight.shape
+    conv = Conv2d(c*groups, o, k, stride, padding, groups=groups, bias=bias is not None).requires_grad_(trains)
+    given = {"0.weight": weight.float()} | ({} if bias is None else {"0.bias": bias.float()})
+    model = torch.nn.Sequential(conv)
+    model.load_state_dict(given)
+    return prepare_layers(model.to(memory_format=torch.channels_last), x.dtype), given
+
+
 def layer(x, weight, bias=None, stride=1, padding=0, groups=1):
     "A convolution as a layer of a network that trains computes it. It may add in another order."
-    from bnonly.layers import Conv2d
-    from bnonly.train import prepare
-    o, c, k, _ = weight.shape
-    conv = Conv2d(c*groups, o, k, stride, padding, groups=groups, bias=bias is not None)
-    model = prepare(torch.nn.Sequential(conv), torch.device("cpu"), x.dtype)
-    given = {"0.weight": weight.float()} | ({} if bias is None else {"0.bias": bias.float()})
+    model, given = prepared(x, weight, bias, stride, padding, groups, trains=True)
     return torch.func.functional_call(model, given, x.float())
 
 
-def work(through, tolerance):
+def frozen_layer(x, weight, bias=None, stride=1, padding=0, groups=1):
+    "The same as a layer whose weight is frozen, and packed where a kernel computes it."
+    return prepared(x, weight, bias, stride, padding, groups, trains=False)[0](x.float())
+
+
+layer.tolerance = frozen_layer.tolerance = 1e-5   # in float32, as a share of the sum of absolute values
+frozen_layer.frozen = "weight", "bias"            # which get no gradient
+
+
+def work(through):
     "Run the cases that come in, one a line, and say what becomes of each."
     module, name = through.split(":")
     convolution, guard = getattr(importlib.import_module(module), name), ctypes.CDLL(None)
+    if module == Path(__file__).stem:   # what takes its time, before a case is timed
+        importlib.import_module("bnonly.layers").kernels()
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(run(convolution, Case(*json.loads(line)), guard, tolerance)), flush=True)
+        print(json.dumps(run(convolution, Case(*json.loads(line)), guard)), flush=True)
 
 
 def compiled(folder):
@@ -163,6 +183,7 @@ def environment(isa, library):
     most, capability = SETS[isa]
     kept = {k: v for k, v in os.environ.items() if k not in ("ATEN_CPU_CAPABILITY", "LD_PRELOAD")}
     kept |= {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+    kept |= dict(BNONLY_MARCH=LEVELS.get(capability, "native"), BNONLY_KERNELS="fused")
     return kept | dict(ONEDNN_MAX_CPU_ISA=most, LD_PRELOAD=str(library), OMP_WAIT_POLICY="passive")
 
 
@@ -173,22 +194,22 @@ def within(answers, seconds):
         except Empty: pass
 
 
-def start(isa, library, through, tolerance):
+def start(isa, library, through):
     "A process that runs cases, and the queue of its answers; an empty one says that it has ended."
-    command = [sys.executable, __file__, "--worker", "--through", through, "--tolerance", str(tolerance)]
+    command = [sys.executable, __file__, "--worker", "--through", through]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                               env=environment(isa, library))
     answers = Queue()
     threading.Thread(target=lambda: [*map(answers.put, worker.stdout), answers.put("")], daemon=True).start()
-    if not within(answers, 300): raise RuntimeError(f"The search did not start: {command} ended with {worker.poll()}.")
+    if not within(answers, 1200): raise RuntimeError(f"The search did not start: {command} ended with {worker.poll()}.")
     return worker, answers
 
 
-def search(cases, isa, through, library, patience=60, tolerance=0):
+def search(cases, isa, through, library, patience=120):
     "The faults of all cases, as (case, [[pass, kind, bytes outside]]); a case hangs after `patience` seconds."
     found, left = [], list(cases)
     while left:
-        (worker, answers), answer = start(isa, library, through, tolerance), "ready"
+        (worker, answers), answer = start(isa, library, through), "ready"
         while left and answer:
             case = left.pop(0)
             try:
@@ -203,30 +224,41 @@ def search(cases, isa, through, library, patience=60, tolerance=0):
     return found
 
 
+def described(faults):
+    "How many faults of each kind a search found, in words; `rounded` is no fault, but what bfloat16 allows."
+    kinds = collections.Counter((p, kind) for _, found in faults for p, kind, _ in found)
+    return ", ".join(f"{name} {kind}: {n}" for (name, kind), n in sorted(kinds.items())) or "no fault"
+
+
+def record(searches, seed):
+    "What a file says of searches: on what machine they ran, how many cases, and each fault."
+    from bnonly.machine import machine
+    version = torch.__config__.show().partition("MKL-DNN v")[2].split(" ")[0]
+    return dict(seed=seed, onednn=version, machine=machine(torch.device("cpu")), searches=searches)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", type=int, default=300, help="of each instruction set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--isa", nargs="+", choices=SETS, default=[*SETS])
-    parser.add_argument("--through", default="torch.nn.functional:conv2d",
-                        help="module:function of (x, weight, bias=, stride=, padding=, groups=); that of the project's "
-                             "networks: convolution_faults:layer, with --tolerance 1e-5")
-    parser.add_argument("--tolerance", type=float, default=0, help="in float32, as a share of the sum of absolutes")
-    parser.add_argument("--json", type=Path, help="where to write all faults")
+    parser.add_argument("--through", nargs="+", default=["torch.nn.functional:conv2d"],
+                        help="module:function of (x, weight, bias=, stride=, padding=, groups=); "
+                             "bnonly.faults:safe_conv2d is the way around, convolution_faults:layer and "
+                             "convolution_faults:frozen_layer are the layers of the project's networks")
+    parser.add_argument("--json", type=Path, help="where to write what was searched, and all faults")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker: return work(args.through, args.tolerance)
-    version, by_isa = torch.__config__.show().partition("MKL-DNN v")[2].split(" ")[0], {}
-    print(f"PyTorch {torch.__version__}, oneDNN {version}, {args.through}, seed {args.seed}", flush=True)
+    if args.worker: return work(*args.through)
+    searches, cases = [], sample(args.cases, args.seed)
     with tempfile.TemporaryDirectory() as folder:
         library = compiled(folder)
-        for isa in args.isa:
-            by_isa[isa] = search(sample(args.cases, args.seed), isa, args.through, library, tolerance=args.tolerance)
-            kinds = collections.Counter((p, kind) for _, faults in by_isa[isa] for p, kind, _ in faults)
-            counts = ", ".join(f"{name} {kind}: {n}" for (name, kind), n in sorted(kinds.items()))
-            print(f"{isa}: {args.cases} cases, {counts or 'no fault'}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({isa: [(c._asdict(), faults) for c, faults in l] for isa, l in by_isa.items()}))
+        for isa, through in itertools.product(args.isa, args.through):
+            found = search(cases, isa, through, library)
+            print(f"{isa}, {through}: {args.cases} cases, {described(found)}", flush=True)
+            faults = [dict(case=case._asdict(), faults=all) for case, all in found]
+            searches.append(dict(through=through, isa=isa, cases=args.cases, faults=faults))
+            if args.json: args.json.write_text(json.dumps(record(searches, args.seed), indent=1) + "\n")
 
 
 if __name__ == "__main__": main()

@@ -228,7 +228,9 @@ assert not t.kernels()[t.torch.bfloat16].float16
 for dtype in t.ops.DTYPES:
     for s in t.WINOGRAD: t.follow_winograd(s, dtype)
     for s in t.BLOCKS[:4]: t.follow_blocks(s, dtype)
-for s in t.DIRECT: t.follow_direct(s)"""
+    for s in t.SHAPES: t.follow_norm(s, dtype, ((), ("x",)))
+    for case in t.SPARSE: t.follow_entries(dtype, *case)
+    for s in t.DIRECT: t.follow_direct(s, dtype=dtype)"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,
@@ -293,25 +295,27 @@ DIRECT = (
 )
 
 
-def follow_direct(shape, how="direct"):
-    "In bfloat16, with a weight and a bias of float32, whose gradients are not rounded."
+def follow_direct(shape, how="direct", dtype=torch.bfloat16):
+    "With a weight and a bias of float32, whose gradients are not rounded."
     B, C, O, H, W, K, stride, padding = shape
     g = torch.Generator().manual_seed(0)
-    x, w, bias = random(g, B, C, H, W, dtype=torch.bfloat16), random(g, O, C, K, K)/(C*K*K)**.5, random(g, O)
+    x, w, bias = random(g, B, C, H, W, dtype=dtype), random(g, O, C, K, K)/(C*K*K)**.5, random(g, O)
     w, bias = (t.bfloat16().float() for t in (w, bias))
     true = exact(*(t.requires_grad_() for t in (x, w, bias)))
     want, got = F.conv2d(*true, stride, padding), conv(how, x, w, bias, stride, padding)
-    dy = random(g, *want.shape, dtype=torch.bfloat16)
+    dy = random(g, *want.shape, dtype=dtype)
     want, got = (
         (y, *torch.autograd.grad(y, given, dy.to(y.dtype))) for y, given in ((want, true), (got, (x, w, bias)))
     )
-    for a, b in zip(got, want): assert a.shape == b.shape and distance(a, b) < .0034
-    if how == "direct": assert distance(got[2], want[2]) < (.001 if kernels()[torch.bfloat16].float16 else 1e-5)
+    far = .0034 if dtype == torch.bfloat16 else 5e-6
+    for a, b in zip(got, want): assert a.shape == b.shape and distance(a, b) < far
+    if how == "direct": assert distance(got[2], want[2]) < (.001 if kernels()[dtype].float16 else 1e-5)
 
 
 @pytest.mark.parametrize("shape", DIRECT, ids=str)
-def test_direct_convolutions_against_float64(shape):
-    follow_direct(shape)
+@DTYPES
+def test_direct_convolutions_against_float64(shape, dtype):
+    follow_direct(shape, dtype=dtype)
 
 
 @pytest.mark.parametrize("shape", DIRECT[1:6], ids=str)

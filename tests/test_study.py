@@ -432,13 +432,13 @@ def test_kill_ends_the_workers_too(tmp_path):
         text=True,
     )
     locked = lambda: [f for f in runs_dir().glob("mini/*") if holder(f)]
-    for _ in range(600):
+    for _ in range(3000):
         if len(locked()) == 2: break
         time.sleep(.2)
     workers = [holder(f) for f in locked()]
     study.send_signal(signal.SIGTERM)
-    assert "bnonly: stopped" in study.communicate(timeout=60)[1] and len(workers) == 2
-    for _ in range(50):
+    assert "bnonly: stopped" in study.communicate(timeout=300)[1] and len(workers) == 2
+    for _ in range(1500):
         if all(map(ended, workers)): break
         time.sleep(.2)
     assert all(map(ended, workers))

@@ -379,13 +379,13 @@ def test_two_who_fit_one_run_train_it_once():
         def after_epoch(self):
             trained.append(self.epoch)
             begun.set()
-            assert noticed.wait(60)
+            assert noticed.wait(600)
     class Waits(logging.Handler):
         def emit(self, record): "is being trained by process" in record.getMessage() and noticed.set()
     logging.getLogger("bnonly").addHandler(waits := Waits())
     first = Thread(target=lambda: records.append(fit(TINY, cbs=[Count()])))
     first.start()
-    assert begun.wait(60)
+    assert begun.wait(600)
     records.append(fit(TINY, cbs=[Count()]))
     first.join()
     logging.getLogger("bnonly").removeHandler(waits)

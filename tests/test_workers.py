@@ -33,7 +33,7 @@ def script(code, *flags):
 
 
 def gone(pid):
-    for _ in range(100):
+    for _ in range(1000):
         try: os.kill(pid, 0)
         except ProcessLookupError: return True
         time.sleep(.1)
@@ -129,12 +129,12 @@ def double(n):
     return 2*n
 print(sorted(in_processes(double, range(3), 2), key=str))
 """
-    out, err = script(code, "-W", "error").communicate(timeout=100)
+    out, err = script(code, "-W", "error").communicate(timeout=300)
     assert (out, err) == ("[(0, 0), (1, WorkerDied('its process ended with exit code 1')), (2, 4)]\n", "")
 
 
 def test_workers_end_with_who_stops_listening():
-    with closing(in_processes(lambda n: (os.getpid(), time.sleep(100 * n)), [0, 1], 2)) as results:
+    with closing(in_processes(lambda n: (os.getpid(), time.sleep(1000 * n)), [0, 1], 2)) as results:
         (_, (first, _)) = next(results)
     assert gone(first)
 
@@ -146,21 +146,21 @@ def test_workers_end_with_the_process_that_started_them(sign):
 import os, signal, time
 from bnonly.workers import in_processes
 os.setsid()
-try: list(in_processes(lambda n: (os.write(1, f"{os.getpid()}\\n".encode()), time.sleep(100)), range(2), 2))
+try: list(in_processes(lambda n: (os.write(1, f"{os.getpid()}\\n".encode()), time.sleep(1000)), range(2), 2))
 except KeyboardInterrupt: raise SystemExit("stopped")
 """
     process = script(code)
     pids = [int(process.stdout.readline()) for _ in range(2)]
     (os.killpg if sign == signal.SIGINT else os.kill)(process.pid, sign)
     assert all(map(gone, pids))
-    assert process.communicate(timeout=100)[1] == ("stopped\n" if sign == signal.SIGINT else "")
+    assert process.communicate(timeout=300)[1] == ("stopped\n" if sign == signal.SIGINT else "")
 
 
 def test_cores_are_those_that_the_process_may_use():
     code = "from bnonly.workers import own_cores; print(own_cores())"
     if not hasattr(os, "sched_setaffinity"): pytest.skip("this system binds no process to cores")
     one = f"import os; os.sched_setaffinity(0, [{min(os.sched_getaffinity(0))}]); "
-    assert script(one + code).communicate(timeout=100)[0].strip() == "1"
+    assert script(one + code).communicate(timeout=300)[0].strip() == "1"
     assert 1 <= own_cores() <= len(os.sched_getaffinity(0))
 
 
