@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .convolutions import (conv2d, output_size, sparse_conv2d, sparse_conv2d_reference, sparse_linear,
                            sparse_linear_reference)
 from .native import Entry, Layer, Norm, kernels
-from .packing import ALGORITHMS, DTYPES, PACK_HEADER, conv_algorithm, norm_algorithm, pack_weight, packed_scale, rival
+from .packing import ALGORITHMS, DTYPES, PACK_HEADER, conv_algorithm, pack_weight, packed_scale, rival
 from .register import (OPERATORS, channels_last, count_flops, empty_channels_last, formula, needs_grad, operator,
                        products, ptr, wanted)
 
@@ -110,7 +110,6 @@ def _of_channels(t, x):   # a parameter or statistic that the kernels read
 def _takes_norm(x, residual, running, affine, training) -> bool:
     if x.device.type != "cpu" or x.dtype not in DTYPES or x.dim() != 4: return False
     if x.stride(1) != 1 or x.numel() <= x.shape[1]: return False   # not channels last, or one value a channel
-    if norm_algorithm(x.dtype, x.shape[1]) == "pytorch": return False
     if residual is not None and (residual.shape != x.shape or residual.device != x.device): return False
     if (absent := sum(t is None for t in running)) == 1 or absent and not training: return False
     return all(t is None or _of_channels(t, x) for t in (*running, *affine))

@@ -1,4 +1,4 @@
-"""Which algorithm computes a layer fastest, and how a weight is packed for it."""
+"""Which algorithm computes a convolution fastest, and how a weight is packed for it."""
 import ctypes
 from itertools import product
 from typing import NamedTuple
@@ -7,8 +7,8 @@ import torch
 
 from .native import Entry, kernels, pytorch_convolves_bfloat16
 
-__all__ = ["DTYPES", "ALGORITHMS", "ONE", "PACK_HEADER", "rival", "conv_algorithm", "norm_algorithm", "Phase",
-           "phases", "pack_weight", "packed_scale"]
+__all__ = ["DTYPES", "ALGORITHMS", "ONE", "PACK_HEADER", "rival", "conv_algorithm", "Phase", "phases",
+           "pack_weight", "packed_scale"]
 
 DTYPES = torch.float32, torch.bfloat16
 ALGORITHMS = "winograd", "direct", "pytorch"
@@ -37,12 +37,6 @@ def conv_algorithm(rival:str, shape, trains:bool, stride, padding, dilation, gro
     least = 64 if rival == "none" else max(64, O//2)   # tiles that repay a transform of the weight at every step
     few = trains and (empty or images*tiles < least)
     return direct if few or empty and rival != "float32" else "winograd"
-
-
-def norm_algorithm(dtype, channels:int) -> str:
-    "Which computes BatchNorm, residual and ReLU faster, as measured (`bnonly bench --kernels`): 'fused' or 'pytorch'."
-    first = 256 if kernels()[dtype].instructions == "avx2" else 512
-    return "pytorch" if dtype == torch.float32 and channels >= first else "fused"
 
 
 # Packed weights
