@@ -322,6 +322,7 @@ def twice(f): return lambda *given: 2*f(*given)
     ],
 )
 def test_blocks_that_are_changed_go_through_their_modules(change):
+    torch.manual_seed(0)   # a ReLU at its kink would differ by more than rounding
     x, dy = torch.randn(2, 16, 16, 8, 8)
     plain, fast, watched = blocks(1, 16), prepared(blocks(1, 16)), prepared(blocks(1, 16))
     for m in (plain, fast, watched): change(m[0])
