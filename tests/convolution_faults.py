@@ -230,6 +230,13 @@ def described(faults):
     return ", ".join(f"{name} {kind}: {n}" for (name, kind), n in sorted(kinds.items())) or "no fault"
 
 
+def summary(found):
+    "What a record tells of what a search found: each fault, and how many cases were rounded, which is none."
+    faults = [(case, what) for case, what in found if {kind for _, kind, _ in what} != {"rounded"}]
+    named = [dict(case=case._asdict(), faults=what) for case, what in faults]
+    return dict(faults=named, rounded=len(found) - len(faults))
+
+
 def record(searches, seed):
     "What a file says of searches: on what machine they ran, how many cases, and each fault."
     from bnonly.machine import machine
@@ -239,7 +246,7 @@ def record(searches, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cases", type=int, default=300, help="of each instruction set")
+    parser.add_argument("--cases", type=int, default=300, help="of each instruction set and function")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--isa", nargs="+", choices=SETS, default=[*SETS])
     parser.add_argument("--through", nargs="+", default=["torch.nn.functional:conv2d"],
@@ -256,8 +263,7 @@ def main():
         for isa, through in itertools.product(args.isa, args.through):
             found = search(cases, isa, through, library)
             print(f"{isa}, {through}: {args.cases} cases, {described(found)}", flush=True)
-            faults = [dict(case=case._asdict(), faults=all) for case, all in found]
-            searches.append(dict(through=through, isa=isa, cases=args.cases, faults=faults))
+            searches.append(dict(through=through, isa=isa, cases=args.cases) | summary(found))
             if args.json: args.json.write_text(json.dumps(record(searches, args.seed), indent=1) + "\n")
 
 
