@@ -93,9 +93,13 @@ def bench(archs=_ARCHS, policies=_POLICIES,
             for dtype in multiplied: best = tuple(map(max, best, peak_rates(dtype)))
             rows.append(explain(r, best))
             say(rows[-1])
+    return keep_benchmark(_part(archs, policies), [explain(r, best) for r in rows], gemm_flops=round(best[0]),
+                          copy_bytes=round(best[1]))
+
+
+def _part(archs, policies) -> str:   # of a record's name: nothing where the table is whole
     whole = (tuple(archs), tuple(policies)) == (_ARCHS, _POLICIES)
-    return keep_benchmark("" if whole else ",".join(("", *archs, *policies)), [explain(r, best) for r in rows],
-                          gemm_flops=round(best[0]), copy_bytes=round(best[1]))
+    return "" if whole else ",".join(("", *archs, *policies))
 
 
 def keep_benchmark(what, rows, device=None, **rest) -> dict:
@@ -127,7 +131,7 @@ def bench_before(before:str,     # a checkout of another commit of this package
             ratio = round(own["images_per_second"]/other["images_per_second"], 3)
             rows.append(dict(arch=a, policy=p, **own, before=other, ratio=ratio))
             say(rows[-1])
-    return keep_benchmark(",before", rows, before=commit(Path(before)))
+    return keep_benchmark(f",before{_part(archs, policies)}", rows, before=commit(Path(before)))
 
 
 # -------- the ideas of a step, one after the other

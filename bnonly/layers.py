@@ -15,7 +15,6 @@ from . import ops, sparse
 from .faults import pair, safe_conv2d
 from .native import kernels
 from .register import cast, on_cpu
-from .sparse import has_sparse_weight
 
 __all__ = ["BatchNormAct", "Chain", "Conv2d", "Linear", "MaxPool2d", "Stage", "norm_act", "prepare_layers"]
 
@@ -165,7 +164,7 @@ class Conv2d(Prepared, nn.Conv2d):
 
     def pack(self) -> dict|None:
         "The frozen weight in the dtype in which it computes, and for each kernel that may be chosen, both ways."
-        if has_sparse_weight(self): return sparse.pack_base(self)
+        if sparse.has_sparse_weight(self): return sparse.pack_base(self)
         if parametrize.is_parametrized(self) or self.weight.requires_grad or isinstance(self.padding, str): return None
         weight = self.weight.detach().to(self.compute_dtype)
         geometry = self.stride, self.padding, self.dilation, self.groups
@@ -179,7 +178,7 @@ class Conv2d(Prepared, nn.Conv2d):
     def forward(self,
                 x   # [N, in_channels, H, W]
                ):   # [N, out_channels, H', W']
-        if self.rival and has_sparse_weight(self):
+        if self.rival and sparse.has_sparse_weight(self):
             how = self.stride, self.padding, self.compute_dtype, self.rival
             return sparse.sparse_convolution(x, *sparse.values_and_weight(self), self.bias, *how)
         if self.padding_mode != "zeros" or isinstance(self.padding, str): return super().forward(x)
@@ -197,10 +196,10 @@ class Linear(Prepared, nn.Linear):
 
     def prepare(self, dtype):
         super().prepare(dtype)
-        self.packs = sparse.pack_base(self) if self.rival and has_sparse_weight(self) else None
+        self.packs = sparse.pack_base(self) if self.rival and sparse.has_sparse_weight(self) else None
 
     def forward(self, x):
-        if self.rival and has_sparse_weight(self):
+        if self.rival and sparse.has_sparse_weight(self):
             return sparse.sparse_linear_layer(x, *sparse.values_and_weight(self), self.bias, self.compute_dtype)
         return linear(x, self.weight, self.bias, self.compute_dtype)
 

@@ -41,8 +41,8 @@ def sparse_convolution(x, values, weight, index, bias, stride, padding, dtype, r
     if dtype != x.dtype or not on_cpu(x, weight, bias):
         return ops.sparse_conv2d_reference(x, values, *cast(dtype, weight), index, bias, stride, padding)
     size = ops.output_size(x.shape[2:], weight.shape[2:], stride, padding)
-    new = True   # at every step, like a weight that trains
-    how = ops.conv_algorithm(rival, weight.shape, new, stride, padding, (1, 1), 1, x.shape[0], size)
+    # another weight at every step, as where all of it trains
+    how = ops.conv_algorithm(rival, weight.shape, True, stride, padding, (1, 1), 1, x.shape[0], size)
     return ops.sparse_conv2d(x, values, weight, index, bias, stride, padding, how)
 
 

@@ -53,7 +53,7 @@ def test_a_step_beside_that_of_another_commit(capsys, tmp_path):
     main(["bench", "--before", str(copy), "--archs", "resnet8", "--policies", "bn", "--rounds", "1", "--json"])
     row = json.loads(capsys.readouterr().out)
     assert row["ratio"] == round(row["images_per_second"] / row["before"]["images_per_second"], 3)
-    written, = (runs_dir() / "bench").glob("*,before.json")
+    written, = (runs_dir() / "bench").glob("*,before,resnet8,bn.json")
     assert json.loads(written.read_text())["rows"] == [row] and json.loads(written.read_text())["before"] is None
     with processes(["bnonly"], package=copy) as found:
         assert os.path.samefile(f"/proc/{found['bnonly'].pipe.pid}/cwd", copy)

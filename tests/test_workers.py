@@ -146,6 +146,7 @@ def test_workers_end_with_the_process_that_started_them(sign):
 import os, signal, time
 from bnonly.workers import in_processes
 os.setsid()
+signal.signal(signal.SIGINT, signal.default_int_handler)   # where the tests run in the background it is ignored
 try: list(in_processes(lambda n: (os.write(1, f"{os.getpid()}\\n".encode()), time.sleep(1000)), range(2), 2))
 except KeyboardInterrupt: raise SystemExit("stopped")
 """
