@@ -4,7 +4,7 @@ import sys, threading, time
 import numpy as np
 import pandas as pd
 
-from .checked import read_bytes
+from .checked import read_metrics
 from .experiment import Spec, parse_arch, results, run_dir
 
 __all__ = ["cost", "expected", "clock", "Watch", "trained", "epochs_done", "StatusLine"]
@@ -108,12 +108,9 @@ class Watch:
 
 def trained(spec:Spec, study:str) -> tuple[int, float]:
     "How many epochs a run has written down, and their seconds."
-    try: lines = read_bytes(run_dir(spec, study)/"metrics.csv").decode(errors="replace").splitlines()
-    except (OSError, ValueError): return 0, 0.
-    columns, rows = lines[0].split(",") if lines else [], [line.split(",") for line in lines[1:]]
-    at = columns.index("seconds") if "seconds" in columns else None
-    try: return len(rows), sum(float(row[at]) for row in rows) if at is not None else 0.
-    except (IndexError, ValueError): return len(rows), 0.   # damaged, which training says
+    try: metrics = read_metrics(run_dir(spec, study))
+    except ValueError: return 0, 0.   # none yet, or damaged, which training says
+    return len(metrics), float(metrics.seconds.sum()) if "seconds" in metrics else 0.
 
 
 def epochs_done(spec:Spec, study:str) -> int:

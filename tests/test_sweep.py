@@ -395,7 +395,7 @@ def played(monkeypatch, jobs, workers):
         now[0], file = at, run_dir(spec, "paced") / "metrics.csv"
         if what == "epoch":
             file.parent.mkdir(parents=True, exist_ok=True)
-            before = file.read_text() if file.exists() else "epoch,loss,seconds\n"
+            before = file.read_text() if file.exists() else "epoch,accuracy,seconds\n"
             file.write_text(f"{before}1,2.0,{seconds}\n")
         else: watch.finished(spec)
         yield len(watch.done), watch.left(), max(free) - at
